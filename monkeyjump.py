@@ -116,11 +116,12 @@ class MonkeyJumpConfig:
 
 
 def unit(x: Tensor, mean: Tensor | None = None) -> Tensor:
-    """x [..., D] of any float type -> its direction, float32 of length 1; zero where x is zero or not finite.
+    """x [..., D] -> its direction, of length 1 and at least float32; zero where x is zero or not finite.
 
     With mean [D], the direction as seen from there: unit(unit(x) - mean), still zero where x has none.
     """
-    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)).nan_to_num(0.0)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num(0.0)
     return direction if mean is None else unit((direction - mean) * direction.any(dim=-1, keepdim=True))
 
 
@@ -516,15 +517,18 @@ class Stack:
         if expert is None:
             return self.scale
         block, gates, tokens, centers, mean = self.call
-        batch, shape = gates.shape[0], x.shape[:-1]
-        if foreign and self.config.rep_mode == "token":
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # other tokens, routed as what they are
-                own, _ = route(unit(x, mean), centers, self.config.top_k, self.config.temperature)
-            return (own[..., expert, None] * self.scale).to(x.dtype)
-        if shape == (batch, tokens) or foreign and shape[0] == batch and len(shape) == 2:
-            return gates[..., expert, None]
+        batch, shape, by_token = gates.shape[0], x.shape[:-1], self.config.rep_mode == "token"
+        if foreign and by_token:  # an encoder's tokens are routed as what they are
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                gates, _ = route(unit(x, mean), centers, self.config.top_k, self.config.temperature)
+            return (gates[..., expert, None] * self.scale).to(x.dtype)
+        gates = gates[..., expert, None]  # [B, N, 1]
+        if shape == (batch, tokens):
+            return gates
+        if not by_token and len(shape) > 1 and shape[0] % batch == 0:  # a sequence's gate fits however many tokens
+            return gates.repeat_interleave(shape[0] // batch, dim=0).reshape(-1, *[1] * len(shape))
         if shape in ((batch * tokens,), (batch, 1, tokens)):
-            return gates[..., expert].expand(batch, tokens).reshape(*shape, 1)
+            return gates.expand(batch, tokens, 1).reshape(*shape, 1)
         raise ValueError(
             f"block {block!r} has tokens [{batch}, {tokens}], a projection in it sees {list(shape)}: the gates do not "
             "fit, so leave this projection out of linears"
@@ -653,11 +657,20 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
 # A token mixer asks what a feed-forward does not: who else is there (masks, caches, positions of other tokens).
 MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^state$")
 # Routers and indexers choose by top-k, so no gradient comes back; mamba's dt_proj is never called, its weight is read;
-# zaya calls v_proj_delayed a second time, with one zero token.
-NOT_A_PROJECTION = re.compile(r"mlp|ffn|feed_forward|router|indexer|dt_proj|v_proj_delayed")
+# kv_b_proj sees the whole cache of latents again at each decoded token; zaya's v_proj_delayed sees a blank one.
+NOT_A_PROJECTION = re.compile(r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed")
 # Keys and values of cross-attention are of other tokens than the block's own: an encoder's, or an image's.
 CROSS_ATTENTION = re.compile(r"cross_?att|encoder_(decoder_)?att|EncDecAtt")
 FOREIGN = re.compile(rf"({CROSS_ATTENTION.pattern}).*\b(k|v|key|value|c_attn)(_proj)?$")
+# Families whose projections see other tokens than their block, in a way that no name or shape tells.
+REFUSED = {
+    "led": "its projections see [tokens, batch, width]",
+    "longformer": "its projections see [tokens, batch, width]",
+    "prophetnet": "its decoder predicts several streams of tokens at once",
+    "reformer": "its blocks run inside an autograd function of their own",
+    "t5gemma2": "its decoder's attention projects encoder and decoder tokens in turn",
+    "xlnet": "its blocks see [tokens, batch, width]",
+}
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
@@ -808,7 +821,7 @@ def _find_blocks(model: nn.Module, blocks: dict[str, Iterable[int]] | None) -> d
             wrong = [index for index in indices if not _int_from(0)(index) or index >= len(paths)]
             if not paths or wrong:
                 there = f"indices of {name} are 0 to {len(paths) - 1}" if paths else f"there are {', '.join(classes)}"
-                raise ValueError(f"blocks={{{name!r}: {indices}}}: {wrong or repr(name)} not in this model; {there}")
+                raise ValueError(f"blocks: {wrong if paths else name!r} not in this model; {there}")
             chosen |= {paths[index] for index in indices}
         found = {path: module for path, module in modules.items() if path in chosen}
     if not found:
@@ -875,20 +888,24 @@ def apply_monkeyjump(
         settings["adapter"] = adapter.__name__
     if (settings["adapter"] == "peft") != any(map(_is_peft, model.modules())):
         raise ValueError(f"adapter={adapter!r}: 'peft' is for models that carry PEFT adapters, and only it is for them")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in REFUSED:
+        raise ValueError(f"{kind} models cannot be routed: {REFUSED[kind]}")
     chosen, cross = _find_blocks(model, blocks), len(block_lists(model)) > 1
     named, shared_names = _names(linears), _names(shared_expert)
+    if linears is None:
+        find = block_linears if settings["adapter"] == "peft" else lambda block: attention_linears(block, cross)
+        named = list(dict.fromkeys(path for block in chosen.values() for path in find(block)))
     plan: dict[str, tuple[list[str], list[str], int]] = {}  # block -> experts, shared projections, width
     for path, block in chosen.items():
         there, width = block_linears(block), block_width(model, block)
-        shared, wide = _match(there, shared_names), {p: features(block.get_submodule(p))[0] != width for p in there}
-        routed = _match(there, named) if linears is not None else attention_linears(block, cross)
-        if settings["adapter"] == "peft" and linears is None:
-            routed = there
-        if linears is None:  # other tokens of another width cannot be compared with the block's centers
-            routed = [p for p in routed if not (FOREIGN.search(p) and wide[p])]
-        routed = [p for p in routed if p not in shared]
-        if refused := [p for p in routed if FOREIGN.search(p) and wide[p]]:
-            raise ValueError(f"linears: {refused} of block {path!r} see other tokens, not {width} wide as the block's are")
+        shared = _match(there, shared_names)
+        routed = [p for p in _match(there, named) if p not in shared]
+        # by token, other tokens are compared with the block's centers: they must be as wide
+        wide = [p for p in routed if FOREIGN.search(p) and features(block.get_submodule(p))[0] != width]
+        if rep_mode == "token" and wide and linears is not None:
+            raise ValueError(f"linears: {wide} of block {path!r} see other tokens, not {width} wide as the block's are")
+        routed = [p for p in routed if rep_mode != "token" or p not in wide]
         plan[path] = routed, shared, width
     available = sorted({p for block in chosen.values() for p in block_linears(block)})
     for option, names in (("linears", named), ("shared_expert", shared_names)):
@@ -899,8 +916,7 @@ def apply_monkeyjump(
         order.setdefault(type(module).__name__, []).append(path)
     settings["blocks"] = {kind: [i for i, p in enumerate(ps) if p in chosen] for kind, ps in order.items()}
     settings["blocks"] = {kind: indices for kind, indices in settings["blocks"].items() if indices}
-    settings["linears"] = named or list(dict.fromkeys(p for routed, *_ in plan.values() for p in routed))
-    config = MonkeyJumpConfig(**{**settings, "shared_expert": shared_names})
+    config = MonkeyJumpConfig(**{**settings, "linears": named, "shared_expert": shared_names})
     most = max(len(routed) for routed, *_ in plan.values())
     if top_k > most:
         raise ValueError(f"top_k={top_k}: at most {most}, the experts of a block; its linears: {', '.join(available)}")

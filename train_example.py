@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import datasets
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -61,6 +62,7 @@ PLAIN_TEMPLATE = """{% for message in messages %}{% if message.role == 'assistan
 {% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
 DEFAULTS = {"output_dir": "monkeyjump-output", "learning_rate": 1e-3, "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available(),
             "ddp_find_unused_parameters": False}  # fmt: skip
+BASE_STEPS = 400  # of the demonstration's base model
 DEMONSTRATION = {"output_dir": "monkeyjump-demo", "overwrite_output_dir": True, "eval_accuracy": True, "held_back": 256,
                  "max_steps": 400, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64,
                  "learning_rate": 2e-2, "lr_scheduler_type": "cosine", "logging_steps": 100,
@@ -103,6 +105,7 @@ class Options:
     ema_momentum: float = option(0.9, "what a center keeps of itself in an update")
     rep_mode: Literal["token", "last", "mean", "prompt_end"] = option("token", "what the router looks at")
     jitter_noise: float = option(0.0, "noise on the router's probabilities in training")
+    centered: bool = option(False, "the router compares directions as seen from their mean")
     update_every: int = option(1, "training forwards from one update of the centers to the next")
     update_until: int | None = option(None, "training forward after which the centers rest")
     kmeans_samples: int = option(4000, "representations for the k-means start of the centers; 0: none")
@@ -352,8 +355,11 @@ def predict(model: Any, chat: Chat, rows: list[dict[str, Any]]) -> list[str]:
     else:
         candidates = [chat.answered(row, choice) for row in rows for choice in row["choices"]]
         batch = chat([{**row, **chat.measure(row)} for row in candidates]).to(model.device)
-        logits = model(**batch).logits[:, :-1].float()  # the labels tell rep_mode="prompt_end" where the prompt ends
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+        labels = batch["labels"][:, 1:]  # given to the model too: they tell rep_mode="prompt_end" where the prompt ends
+        known = labels != -100
+        logits = model(**batch).logits[:, :-1][known].float()
+        loss = torch.zeros(known.shape, device=logits.device)
+        loss[known] = torch.nn.functional.cross_entropy(logits, labels[known], reduction="none")
         scores = (-loss.sum(dim=1)).split([len(row["choices"]) for row in rows])
     return [row["choices"][int(score.argmax())] for row, score in zip(rows, scores, strict=True)]
 
@@ -361,12 +367,14 @@ def predict(model: Any, chat: Chat, rows: list[dict[str, Any]]) -> list[str]:
 def accuracy(model: Any, chat: Chat, rows: datasets.Dataset, batch_size: int, sharded: bool) -> dict[str, float]:
     """The share of rows answered exactly, by task and over all. Processes split the rows, unless they share one model."""
     model.eval()
-    with nullcontext(range(len(rows))) if sharded else PartialState().split_between_processes(range(len(rows))) as mine:
-        hits = []
-        for start in tqdm(range(0, len(mine), batch_size), "answering", disable=not PartialState().is_main_process):
-            batch = [rows[i] for i in mine[start : start + batch_size]]
-            for row, answer in zip(batch, predict(model, chat, batch), strict=True):
-                hits.append((str(row.get("task") or ""), float(answer == chat.answer(row))))
+    hits, mine = [], nullcontext(range(len(rows))) if sharded else PartialState().split_between_processes(range(len(rows)))
+    with mine as indices:
+        rows = rows.select(indices).to_list()
+    kinds = [row for row in rows if row.get("choices")], [row for row in rows if not row.get("choices")]
+    batches = [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
+    for batch in tqdm(batches, "answering", disable=not PartialState().is_main_process):
+        for row, answer in zip(batch, predict(model, chat, batch), strict=True):
+            hits.append((str(row.get("task") or ""), float(answer == chat.answer(row))))
     hits = hits if sharded or PartialState().num_processes == 1 else gather_object(hits)
     tasks = sorted({task for task, _ in hits if task})
     chosen = {"accuracy": hits} | {f"  {task}": [hit for hit in hits if hit[0] == task] for task in tasks}
@@ -398,6 +406,17 @@ def last_checkpoint(directory: str) -> str:
 # ------------------------------------------------------------------------------------------------ the demonstration
 
 
+def byte_level_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """One token a byte, three special ones, and as many more as are given."""
+    special = ["<s>", "</s>", "<pad>", *more]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
 def demonstration(folder: Path, seed: int) -> None:
     """Make a small Llama that can do some tasks on words, and rows of other tasks for Monkey Jump to teach it."""
     set_seed(seed)
@@ -413,22 +432,15 @@ def demonstration(folder: Path, seed: int) -> None:
             [{"task": task, "prompt": f"{task} {word}:", "answer": tasks[task](word)} for task, word in made]
         )
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer = byte_level_tokenizer()
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
         pad_token_id=2,
     ))  # fmt: skip
     say("the base model, a small Llama, learns to", ", ".join(known))
     arguments = TrainingArguments(
-        str(folder), max_steps=400, per_device_train_batch_size=64, learning_rate=5e-3, warmup_steps=40, seed=seed,
+        str(folder), max_steps=BASE_STEPS, per_device_train_batch_size=64, learning_rate=5e-3, warmup_steps=40, seed=seed,
         adam_beta2=0.98, lr_scheduler_type="cosine", logging_steps=100, save_strategy="no", remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
@@ -510,6 +522,8 @@ def main(argv: list[str] | None = None) -> None:
                 train_rows, eval_rows = load_rows(chat, training)
             chat([(eval_rows or train_rows)[0]])  # a package that the processor lacks is missed here
 
+        if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # packed weights would be slow to train through
+            source["quantization_config"] = transformers.GgufConfig(dequantize=True)
         dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
         if options.load_in_4bit:
             source["quantization_config"] = BitsAndBytesConfig(
@@ -519,7 +533,7 @@ def main(argv: list[str] | None = None) -> None:
         model = mj.load_adapter(model, options.adapter_path) if options.adapter_path else mj.apply_monkeyjump(model, **keywords)
         if training.resume_from_checkpoint:
             mj.load_adapter(model, training.resume_from_checkpoint)  # says what is wrong if it is another adapter's
-        model._hf_peft_config_loaded = options.load_in_4bit  # the Trainer trains a quantised model if adapters are loaded
+        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)  # else the Trainer refuses: no adapters seen
 
     if options.generate:
         print(predict(model.to(training.device).eval(), chat, [{options.prompt_column: options.generate}])[0])

@@ -232,7 +232,7 @@ def build_monkeyjump(
     target_rank = RANK
     if adapter == "adalora":  # as for PEFT's: one rank more at the start, pruned to the same average
         options["rank"] = RANK + 1
-        options["alpha"] = ALPHA * (RANK + 1) / RANK
+        options["alpha"] *= (RANK + 1) / RANK
     mj.apply_monkeyjump(model, **options)
     callbacks = {"report": lambda: mj.router_statistics(model, reset=True)}
     if init == "kmeans":
