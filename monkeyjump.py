@@ -60,56 +60,48 @@ def _number(accept: Callable[[float], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and accept(v)
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+def _list_of(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list) and all(map(accept, v))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _is_blocks(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, list) and all(map(_int_from(0), v)) for v in value.values())
+    return isinstance(value, dict) and all(map(_list_of(_int_from(0)), value.values()))
+
+
+def _option(accept: Callable[[Any], bool], allowed: str) -> Any:
+    return dataclasses.field(metadata={"accept": accept, "allowed": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
 class MonkeyJumpConfig:
     """The keywords of `apply_monkeyjump`, resolved and checked: what `adapter_config.json` holds. Raises ValueError."""
 
-    blocks: dict[str, list[int]]
-    linears: list[str]
-    shared_expert: list[str]
-    adapter: str
-    rank: int
-    alpha: float
-    dropout: float
-    degree: int
-    top_k: int
-    temperature: float
-    ema_momentum: float
-    rep_mode: str
-    jitter_noise: float
-    centered: bool
-    update_every: int
-    update_until: int | None
+    blocks: dict[str, list[int]] = _option(_is_blocks, "a mapping of block class names to lists of indices")
+    linears: list[str] = _option(_list_of(_is_name), "a list of names")
+    shared_expert: list[str] = _option(_list_of(_is_name), "a list of names")
+    adapter: str = _option(lambda v: _is_name(v) and v in ADAPTERS, "one of {adapters}")
+    rank: int = _option(_int_from(1), "an integer >= 1")
+    alpha: float = _option(_number(lambda v: v > 0), "a number > 0")
+    dropout: float = _option(_number(lambda v: 0 <= v < 1), "a number in [0, 1)")
+    degree: int = _option(_int_from(1), "an integer >= 1")
+    top_k: int = _option(_int_from(1), "an integer >= 1")
+    temperature: float = _option(_number(lambda v: v > 0), "a number > 0")
+    ema_momentum: float = _option(_number(lambda v: 0 <= v <= 1), "a number in [0, 1]")
+    rep_mode: str = _option(lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}")
+    jitter_noise: float = _option(_number(lambda v: 0 <= v < 1), "a number in [0, 1)")
+    centered: bool = _option(lambda v: isinstance(v, bool), "True or False")
+    update_every: int = _option(_int_from(1), "an integer >= 1")
+    update_until: int | None = _option(lambda v: v is None or _int_from(0)(v), "None or an integer >= 0")
 
     def __post_init__(self) -> None:
-        for name, (accept, allowed) in {
-            "blocks": (_is_blocks, "a mapping of block class names to lists of indices"),
-            "linears": (_is_names, "a list of names"),
-            "shared_expert": (_is_names, "a list of names"),
-            "adapter": (lambda v: isinstance(v, str) and v in ADAPTERS, f"one of {', '.join(ADAPTERS)}"),
-            "rank": (_int_from(1), "an integer >= 1"),
-            "alpha": (_number(lambda v: v > 0), "a number > 0"),
-            "dropout": (_number(lambda v: 0 <= v < 1), "a number in [0, 1)"),
-            "degree": (_int_from(1), "an integer >= 1"),
-            "top_k": (_int_from(1), "an integer >= 1"),
-            "temperature": (_number(lambda v: v > 0), "a number > 0"),
-            "ema_momentum": (_number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
-            "rep_mode": (lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}"),
-            "jitter_noise": (_number(lambda v: 0 <= v < 1), "a number in [0, 1)"),
-            "centered": (lambda v: isinstance(v, bool), "True or False"),
-            "update_every": (_int_from(1), "an integer >= 1"),
-            "update_until": (lambda v: v is None or _int_from(0)(v), "None or an integer >= 0"),
-        }.items():
-            if not accept(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
+        for field in dataclasses.fields(self):
+            if not field.metadata["accept"](value := getattr(self, field.name)):
+                allowed = field.metadata["allowed"].format(adapters=", ".join(ADAPTERS))
+                raise ValueError(f"{field.name}={value!r}: must be {allowed}")
 
 
 # ------------------------------------------------------------------------------------------------------ mathematics
@@ -190,7 +182,7 @@ def cluster_statistics(representations: Tensor, experts: Tensor, gates: Tensor, 
         real: bool [N] or None; padding counts for nothing.
 
     Returns:
-        [E, D + E]: for each expert the sum of the vectors assigned to it, and of their gates (a row's sum: their number).
+        [E, D + E]: for each expert the sums of the vectors assigned to it and of their gates (in all, their number).
     """
     counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real
     assigned = torch.zeros_like(gates).scatter(-1, experts[:, None], counted[:, None].to(gates.dtype))  # [N, E]
@@ -217,8 +209,8 @@ def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -
 def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
     """Spherical k-means of several sets at once: greedy k-means++ seeding, then Lloyd's iterations.
 
-    Greedy seeding (Arthur and Vassilvitskii 2007) tries 2 + log(clusters) candidates a step and keeps the best. A cluster
-    that runs empty moves to the worst-served point.
+    Greedy seeding (Arthur and Vassilvitskii 2007) tries 2 + log(clusters) candidates a step and keeps the best. A
+    cluster that runs empty moves to the worst-served point.
 
     Args:
         points: unit vectors [L, N, D], float32; L independent sets.
@@ -328,7 +320,7 @@ class LoRAFA(LoRA):
 
 
 class AdaLoRA(LoRA):
-    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023): lora_B = P, lora_E = L, lora_A = Q. See allocate_ranks."""
+    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023), P = lora_B, L = lora_E, Q = lora_A; see allocate_ranks."""
 
     def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
         super().__init__(in_features, out_features, config, device)
@@ -336,7 +328,7 @@ class AdaLoRA(LoRA):
         nn.init.orthogonal_(self.lora_B)
         # Departure: zero, so that the adapted model starts as the base model; the authors start at 0.01.
         self.lora_E = nn.Parameter(torch.zeros(config.rank, device=device))
-        for name, parameter in list(self.named_parameters()):  # buffers: a resumed run prunes like an uninterrupted one
+        for name, parameter in list(self.named_parameters()):  # buffers, so that a resumed run prunes like a whole one
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(parameter.data))
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter.data))
 
@@ -554,8 +546,8 @@ class Stack:
 
     @torch.no_grad()
     def current_centers(self, forwards: Tensor | None) -> dict[str, Tensor]:
-        """Centers [E, D] of all blocks, of length 1; in training (forwards given) moved by what was seen, if it is due."""
-        # Departure: centers move at the start of a forward, not inside, so that checkpoints and ranks see the same ones.
+        """Centers [E, D] of all blocks, of length 1; in training (forwards given) moved by what was seen, if due."""
+        # Departure: they move at the start of a forward, not inside, so that checkpoints and ranks see the same ones.
         current = {}
         for routers in _alike(self.routers):
             centers = torch.stack([router.centers for router in routers])  # [L, E, D]
@@ -626,8 +618,8 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
     """Which tokens are real, by any mask that a model is called with.
 
     Args:
-        mask: [B, S], S >= T, its last columns for these tokens; [B, 1, T, S], bool or additive; a dict of them by kind of
-            layer; None.
+        mask: [B, S], its last columns for these tokens; [B, 1, T, S], bool or additive; a dict of them by kind of
+            layer; or None.
         hidden: [B, T, D].
 
     Returns:
@@ -688,7 +680,7 @@ def block_linears(block: nn.Module) -> list[str]:
 
 
 def attention_linears(block: nn.Module, cross: bool = True) -> list[str]:
-    """Those of the block's attention or of its counterpart (mixer, SSM, convolution); with or without cross-attention."""
+    """Those of the block's attention or of its counterpart (mixer, SSM, convolution), and of its cross-attention."""
     mixers = tuple(
         f"{path}."
         for path, module in block.named_modules()
@@ -825,7 +817,7 @@ def _find_blocks(model: nn.Module, blocks: dict[str, Iterable[int]] | None) -> d
             chosen |= {paths[index] for index in indices}
         found = {path: module for path, module in modules.items() if path in chosen}
     if not found:
-        raise ValueError(f"blocks={blocks!r} names no block of this model; there are {', '.join(classes) or 'no lists'}")
+        raise ValueError(f"blocks={blocks!r} names no block of this model; there are {', '.join(classes) or 'none'}")
     return found
 
 
@@ -853,9 +845,9 @@ def apply_monkeyjump(
 
     Args:
         model: any causal, vision-language or encoder-decoder model.
-        blocks: class names of blocks and which of each, {"LlamaDecoderLayer": range(32)}; None: all of the language model.
-        linears: leaf names or dotted suffixes ("attn.c_proj"), each match in a block being an expert of its own; None: the
-            linears of the attention, or of what stands in its place.
+        blocks: class names of blocks, and which: {"LlamaDecoderLayer": range(32)}; None: all of the language model.
+        linears: leaf names or dotted suffixes ("attn.c_proj"), each match in a block being an expert of its own; None:
+            the linears of the attention, or of what stands in its place.
         shared_expert: names of projections whose adapter is always on.
         adapter: "lora", "lorafa", "adalora", "propulsion"; a subclass of `Adapter`, or its name in `ADAPTERS`; "peft":
             route the adapters that a PEFT model already has.
@@ -1030,8 +1022,8 @@ def init_router_centers(
     Args:
         model_or_trainer: an adapted model, or a transformers Trainer of one.
         dataloader: batches that the model takes; None with a Trainer: its training batches.
-        subset_size: representations (real tokens or sequences) a block, of all ranks together; at most an eighth of them
-            from one batch.
+        subset_size: representations (real tokens or sequences) a block, over all ranks; at most an eighth of them from
+            one batch.
         kmeans_iters: Lloyd's iterations after greedy k-means++ seeding.
         rep_mode: None, or the applied one.
         seed: of the choice of tokens and of k-means.
@@ -1130,10 +1122,10 @@ def _saved(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in tensors if not re.search(r"\.(sensitivity|uncertainty)_", name)}
 
 
-def _file_names(config: MonkeyJumpConfig | None) -> tuple[str, str]:
-    """Of weights and config; beside PEFT's own files, those of the router."""
-    name = "router" if config is not None and config.adapter == "peft" else "adapter"
-    return f"{name}_model.safetensors", f"{name}_config.json"
+def _files(directory: str | os.PathLike[str], peft: bool) -> tuple[Path, Path]:
+    """Of weights and config; those of a router alone lie beside PEFT's own."""
+    kind = "router" if peft else "adapter"
+    return Path(directory) / f"{kind}_model.safetensors", Path(directory) / f"{kind}_config.json"
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -1149,7 +1141,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     os.makedirs(directory, exist_ok=True)
-    weights, fields = (Path(directory) / name for name in _file_names(config))
+    weights, fields = _files(directory, config.adapter == "peft")
     text = json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
     replaces = hashlib.sha256(fields.read_bytes()).hexdigest() if fields.exists() else ""
     new_weights, new_fields = (path.with_name(f".{path.name}.tmp") for path in (weights, fields))
@@ -1165,14 +1157,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     """Load what `save_adapter` wrote, into a plain base model (which is adapted) or one adapted with the same config.
 
     Raises:
-        ValueError: a file is missing, cut short or of another format; a field of the config is unknown, missing or invalid;
-            a tensor is missing, too many or of another shape. The model stays as it was.
+        ValueError: a file is missing, cut short or of another format; a field of the config is unknown, missing or
+            invalid; a tensor is missing, too many or of another shape. The model stays as it was.
     """
     from safetensors import SafetensorError, safe_open
 
     found = _adapted(model)
-    peft = any(map(_is_peft, model.modules()))
-    weights, fields = (Path(directory) / name.replace("adapter", "router" if peft else "adapter") for name in _file_names(None))
+    weights, fields = _files(directory, any(map(_is_peft, model.modules())))
     for path in (weights, fields):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -1203,7 +1194,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         shapes = {name: list(tensor.shape) for name, tensor in _saved(model).items()}
         given = {name: list(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
-            raise ValueError(f"{weights}: {name} is {given.get(name, 'missing')}, the model has {shapes.get(name, 'none')}")
+            here, needed = given.get(name, "missing"), shapes.get(name, "none")
+            raise ValueError(f"{weights}: {name} is {here}, the model has {needed}")
     except ValueError:
         if found is None:
             remove_monkeyjump(model)
@@ -1259,7 +1251,7 @@ def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[s
     """What each block's experts received in training forwards, since the last reset (of all ranks, once folded).
 
     Returns:
-        by block: experts (names); count of representations; share [E] of them (top-1) and gate_mass [E], which each sum to 1;
+        by block: experts (names); count of representations; share [E] of them (top-1) and gate_mass [E], each of sum 1;
         entropy of the shares in nats (log E: balanced); cosine [E], mean over an expert's representations to its
         center; center_cosine [E, E].
     """
@@ -1306,9 +1298,9 @@ def allocate_ranks(
 ) -> None:
     """AdaLoRA's pruning (Zhang et al. 2023, section 3): once a step, after optimizer.step() and before zero_grad().
 
-    A triplet (column of P, entry of L, row of Q) is as important as its smoothed sensitivity |w dL/dw| times its smoothed
-    uncertainty. The budget of triplets over all projections falls from rank to target_rank by a cubic schedule; the L of
-    the least important become zero, and may recover until the final phase.
+    A triplet (column of P, entry of L, row of Q) is as important as its smoothed sensitivity |w dL/dw| times its
+    smoothed uncertainty. The budget of triplets over all projections falls from rank to target_rank, cubically; the L
+    of the least important become zero, and may recover until the final phase.
 
     Args:
         step: of the optimizer, counted from 1, of total_steps.
@@ -1322,7 +1314,7 @@ def allocate_ranks(
     rank, last = start / len(adapters), total_steps - final_steps
     if not 0 < target_rank <= rank or not 0 <= initial_steps < last <= total_steps:
         given = f"target_rank={target_rank}, initial_steps={initial_steps}, final_steps={final_steps}"
-        raise ValueError(f"{given}: need 0 < target_rank <= {rank} and initial + final steps < total_steps={total_steps}")
+        raise ValueError(f"{given}: need 0 < target_rank <= {rank}, initial + final steps < total_steps={total_steps}")
     scores = []
     for adapter in adapters:
         score = {}

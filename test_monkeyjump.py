@@ -1,6 +1,6 @@
 """Tests of monkeyjump.py, in its order; each promise is checked against an independent, naive computation.
 
-    pytest test_monkeyjump.py
+pytest test_monkeyjump.py
 """
 
 import ast
@@ -202,7 +202,9 @@ def test_jitter_noise_multiplies_the_logits_within_its_range():
     low = torch.where(logits > 0, logits * 0.5, logits * 1.5)
     high = torch.where(logits > 0, logits * 1.5, logits * 0.5)
     difference = torch.logit(noisy[:, 0].double())  # of the two noisy logits
-    assert (difference >= (low[:, 0] - high[:, 1]) - 1e-5).all() and (difference <= (high[:, 0] - low[:, 1]) + 1e-5).all()
+    assert (difference >= (low[:, 0] - high[:, 1]) - 1e-5).all() and (
+        difference <= (high[:, 0] - low[:, 1]) + 1e-5
+    ).all()
     assert (difference - (logits[:, 0] - logits[:, 1])).abs().mean() > 0.01
 
 
@@ -212,7 +214,9 @@ def test_represent_looks_at_what_its_mode_says_and_never_at_padding(mode, side):
     torch.manual_seed(0)
     hidden, lengths, ends = torch.randn(3, 6, 8), [6, 4, 1], [2, 1, 0]
     start = [6 - n if side == "left" else 0 for n in lengths]
-    real = torch.tensor([[side == "none" or s <= t < s + n for t in range(6)] for s, n in zip(start, lengths, strict=True)])
+    real = torch.tensor(
+        [[side == "none" or s <= t < s + n for t in range(6)] for s, n in zip(start, lengths, strict=True)]
+    )
     ends = torch.tensor([s + e for s, e in zip(start, ends, strict=True)])
     hidden = torch.where(real[..., None], hidden, torch.tensor(float("nan")))
     found, valid = mj.represent(hidden, mode, None if side == "none" else real, ends)
@@ -247,13 +251,19 @@ def test_statistics_count_finite_real_vectors_only():
 @pytest.mark.parametrize("momentum", [0.0, 0.2, 0.9, 1.0])
 def test_ema_moves_each_center_toward_the_mean_and_keeps_the_unused(momentum):
     torch.manual_seed(0)
-    c, sums, counts = mj.unit(torch.randn(2, 3, 5)), torch.randn(2, 3, 5), torch.tensor([[4.0, 0.0, 1.0], [2.0, 3.0, 0.0]])
+    c, sums, counts = (
+        mj.unit(torch.randn(2, 3, 5)),
+        torch.randn(2, 3, 5),
+        torch.tensor([[4.0, 0.0, 1.0], [2.0, 3.0, 0.0]]),
+    )
     moved = mj.ema_update(c, sums * (counts > 0)[..., None], counts, momentum)
     for block in range(2):
         for e in range(3):
             n = counts[block, e]
             mean = sums[block, e].double() / n if n else None
-            expected = naive_unit(momentum * c[block, e].double() + (1 - momentum) * mean) if n else c[block, e].double()
+            expected = (
+                naive_unit(momentum * c[block, e].double() + (1 - momentum) * mean) if n else c[block, e].double()
+            )
             torch.testing.assert_close(moved[block, e].double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -709,7 +719,8 @@ def test_two_processes_have_the_centers_and_gradients_of_one_on_the_whole_batch(
     command = [sys.executable, str(script), kind, str(tmp_path / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "centers.pt"), str(out)], env=environment) for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), str(tmp_path / "centers.pt"), str(out)], env=environment)
+        for rank in (0, 1)
     ]
     assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
     first, second = (torch.load(out / f"rank{rank}.pt") for rank in (0, 1))
@@ -755,7 +766,9 @@ def test_decoded_tokens_keep_the_prompts_routing_until_the_generation_ends(mode,
         mask = inputs["attention_mask"]
         found = model.generate(input_ids=prompt, attention_mask=mask, **settings)
         ids, whole = prompt, mask
-        for _ in range(5):  # every token routed by the prompt: the whole sequence again, its routing read from the prompt
+        for _ in range(
+            5
+        ):  # every token routed by the prompt: the whole sequence again, its routing read from the prompt
             gates = prompt_gates(model, prompt, mask)
             position_ids = whole.cumsum(1).sub(1).clamp(min=0)
             logits = with_gates(model, gates, ids, whole, position_ids)
@@ -822,8 +835,7 @@ def test_a_new_turn_on_an_old_cache_is_routed_by_itself():
 # ------------------------------------------------------------------------------------------------- promise 9: compile
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mode", ["token", "prompt_end"])
+@pytest.mark.parametrize(("checkpointing", "mode"), [(False, "token"), (True, "prompt_end")])
 def test_compiles_to_one_graph_once_and_trains_like_eager(checkpointing, mode):
     import torch._dynamo.testing
 
@@ -908,7 +920,9 @@ def test_an_adapter_is_two_files_that_give_the_same_model_again(tmp_path):
         assert fields["linears"] == [f"self_attn.{p}" for p in PROJECTIONS]
         fresh = load_adapter(tiny_llama(), folder)
         assert torch.equal(fresh(ids).logits, model.eval()(ids).logits)
-        again = load_adapter(adapted(adapter, **{k: v for k, v in fields.items() if k not in ("format_version", "adapter")}), folder)
+        again = load_adapter(
+            adapted(adapter, **{k: v for k, v in fields.items() if k not in ("format_version", "adapter")}), folder
+        )
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -965,8 +979,13 @@ def corrupt(folder, what):
     elif what == "not json":
         fields.write_text("{")
     else:
-        changes = {"unknown field": {"rnak": 2}, "bad value": {"rank": -1}, "other rank": {"rank": 3},
-                   "version": {"format_version": 99}, "unknown block": {"blocks": {"NoLayer": [0]}}}[what]
+        changes = {
+            "unknown field": {"rnak": 2},
+            "bad value": {"rank": -1},
+            "other rank": {"rank": 3},
+            "version": {"format_version": 99},
+            "unknown block": {"blocks": {"NoLayer": [0]}},
+        }[what]
         fields.write_text(json.dumps({**config, **changes}))
 
 
@@ -1035,7 +1054,10 @@ def test_another_config_than_the_applied_one_is_refused(tmp_path):
         ({"update_every": 0}, "update_every=0"),
         ({"update_until": -1}, "update_until=-1"),
         ({"blocks": {"GPT2Block": [0]}}, "'GPT2Block' not in this model; there are LlamaDecoderLayer"),
-        ({"blocks": {"LlamaDecoderLayer": [0, 2]}}, r"\[2\] not in this model; indices of LlamaDecoderLayer are 0 to 1"),
+        (
+            {"blocks": {"LlamaDecoderLayer": [0, 2]}},
+            r"\[2\] not in this model; indices of LlamaDecoderLayer are 0 to 1",
+        ),
         ({"blocks": {"LlamaDecoderLayer": [-1]}}, "indices of LlamaDecoderLayer are 0 to 1"),
         ({"blocks": {}}, "names no block of this model"),
         ({"blocks": ["LlamaDecoderLayer"]}, "must map class names to indices"),
@@ -1055,7 +1077,12 @@ def test_bad_input_is_refused_before_anything_is_touched(settings, message):
 
 def test_what_needs_an_adapted_model_says_so():
     base = tiny_llama()
-    for call in (router_statistics, remove_monkeyjump, lambda m: save_adapter(m, "x"), lambda m: init_router_centers(m, [])):
+    for call in (
+        router_statistics,
+        remove_monkeyjump,
+        lambda m: save_adapter(m, "x"),
+        lambda m: init_router_centers(m, []),
+    ):
         with pytest.raises(ValueError, match="LlamaForCausalLM carries no Monkey Jump: call apply_monkeyjump first"):
             call(base)
     with pytest.raises(ValueError, match="carries Monkey Jump already"):
@@ -1071,8 +1098,18 @@ def test_what_needs_an_adapted_model_says_so():
 
 def test_the_published_quick_start_runs_as_it_stands(tmp_path):
     model = tiny_llama(layers=32)
-    model = apply_monkeyjump(model, blocks={"LlamaDecoderLayer": list(range(32))}, linears=["q_proj", "k_proj", "v_proj", "o_proj"],
-                             shared_expert=["up_proj", "down_proj"], rank=2, alpha=16.0, temperature=1.0, ema_momentum=0.2, top_k=2, rep_mode="token")
+    model = apply_monkeyjump(
+        model,
+        blocks={"LlamaDecoderLayer": list(range(32))},
+        linears=["q_proj", "k_proj", "v_proj", "o_proj"],
+        shared_expert=["up_proj", "down_proj"],
+        rank=2,
+        alpha=16.0,
+        temperature=1.0,
+        ema_momentum=0.2,
+        top_k=2,
+        rep_mode="token",
+    )
     data = [{"input_ids": row, "labels": row} for row in batch(12)]
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to=[]), train_dataset=data)
     before, state = centers(model), torch.get_rng_state()
@@ -1106,7 +1143,9 @@ def test_centers_start_as_the_kmeans_of_the_real_representations(mode):
     nearest = (points @ router.centers.double().T).argmax(dim=1)
     for e in range(4):  # a fixed point of Lloyd: each center is the mean direction of its points
         assert (nearest == e).any()
-        torch.testing.assert_close(naive_unit(points[nearest == e].sum(0)), router.centers[e].double(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            naive_unit(points[nearest == e].sum(0)), router.centers[e].double(), atol=1e-4, rtol=1e-3
+        )
 
 
 def test_the_same_seed_gives_the_same_centers_and_just_enough_batches_are_read():
@@ -1169,7 +1208,16 @@ def test_rank_allocation_is_that_of_peft_step_by_step():
     peft = pytest.importorskip("peft")
     from peft.tuners.adalora.layer import RankAllocator
 
-    schedule = {"target_r": 2, "init_r": 4, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 14, "beta1": 0.85, "beta2": 0.9}
+    schedule = {
+        "target_r": 2,
+        "init_r": 4,
+        "tinit": 2,
+        "tfinal": 3,
+        "deltaT": 2,
+        "total_step": 14,
+        "beta1": 0.85,
+        "beta2": 0.9,
+    }
     model = adapted("adalora", rank=4)
     other = peft.get_peft_model(tiny_llama(), peft.AdaLoraConfig(target_modules=PROJECTIONS, **schedule))
     allocator: RankAllocator = other.base_model.rankallocator
@@ -1188,7 +1236,9 @@ def test_rank_allocation_is_that_of_peft_step_by_step():
             theirs.grad = ours.grad.view_as(theirs).clone()
             ours.data.sub_(0.1 * ours.grad)
             theirs.data.sub_(0.1 * theirs.grad)
-        allocate_ranks(model, step, 14, target_rank=2, initial_steps=2, final_steps=3, interval=2, beta1=0.85, beta2=0.9)
+        allocate_ranks(
+            model, step, 14, target_rank=2, initial_steps=2, final_steps=3, interval=2, beta1=0.85, beta2=0.9
+        )
         if step < 11:
             allocator.update_and_allocate(other.base_model.model, step)
         else:  # the first of the final phase, and the ones after it, which keep its choice
@@ -1300,8 +1350,13 @@ def test_the_module_is_self_contained_and_prints_nothing_but_what_its_name_says(
     imported = {name.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert imported - set(sys.stdlib_module_names) == {"torch", "einops"}
-    printing = [f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for call in ast.walk(f)
-                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"]
+    printing = [
+        f.name
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef)
+        for call in ast.walk(f)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
+    ]
     assert printing == ["print_trainable_parameters"]
 
 
