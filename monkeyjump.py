@@ -112,7 +112,7 @@ def unit(x: Tensor, mean: Tensor | None = None) -> Tensor:
 
     With mean [D], the direction as seen from there: unit(unit(x) - mean), still zero where x has none.
     """
-    exact = torch.promote_types(x.dtype, torch.float32)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num(0.0)
     return direction if mean is None else unit((direction - mean) * direction.any(dim=-1, keepdim=True))
 
@@ -309,7 +309,7 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
         # Departure: dropout on the adapter's input, as in LoRA and PEFT, not on its output.
-        inner = gate * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # [..., r]
+        inner = gate * product(self.dropout(x), self.lora_A)  # [..., r]
         return add_product(base, inner, self.lora_B)
 
 
@@ -320,7 +320,7 @@ class LoRAFA(LoRA):
 
 
 class AdaLoRA(LoRA):
-    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023), P = lora_B, L = lora_E, Q = lora_A; see allocate_ranks."""
+    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023): lora_B is P, lora_E L, lora_A Q; see allocate_ranks."""
 
     def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
         super().__init__(in_features, out_features, config, device)
@@ -333,7 +333,7 @@ class AdaLoRA(LoRA):
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter.data))
 
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
-        inner = gate * self.lora_E.to(x.dtype) * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # [..., r]
+        inner = gate * product(self.dropout(x), self.lora_E[:, None] * self.lora_A)  # [..., r]
         return add_product(base, inner, self.lora_B)
 
 
@@ -347,8 +347,13 @@ class Propulsion(Adapter):
         self.propulsion = nn.Parameter(torch.zeros(out_features, device=device))
 
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
-        pushed = base * ((1.0 + self.propulsion) ** self.degree).to(base.dtype)
-        return torch.lerp(base, pushed, gate)  # base + gate * (pushed - base); backward needs base and nothing else
+        push = (1.0 + self.propulsion) ** self.degree - 1.0
+        return base + gate * base * push.to(base.dtype)  # backward keeps gate * base and nothing else of that size
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight [out, in]^T -> [..., out], in x's dtype."""
+    return torch.mm(rearrange(x, "... d -> (...) d"), weight.to(x.dtype).t()).view(*x.shape[:-1], -1)
 
 
 def add_product(base: Tensor, inner: Tensor, weight: Tensor) -> Tensor:

@@ -888,7 +888,7 @@ def test_adapters_stay_float32_over_a_bf16_base_and_kept_activations_stay_bf16(a
     model.model.layers[0].monkeyjump.enter(None, (x,), {})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = projection(x.requires_grad_())
-    assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in kept if t.numel() >= 18 * 2)
+    assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in kept if t.shape[:2] == (2, 9) or t.shape[0] == 18)
     model(input_ids=batch(), labels=batch()).loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in trained(model).values())
 

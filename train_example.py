@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 4 train_example.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset rows.jsonl
     python train_example.py --model Qwen/Qwen2.5-0.5B-Instruct --adapter_path monkeyjump-output --generate "Why?"
 
-A row is {"prompt", "answer"}, with an "image" (path, bytes or Image column) if there is one, or {"messages": [...]} in the
-chat format; its last answer is trained on, nothing else. A "task" column splits the accuracy by task; the "choices" of a row
-are compared by likelihood. All flags of transformers.TrainingArguments work: --learning_rate, --num_train_epochs, --bf16 ...
+A row is {"prompt", "answer"}, with an "image" (path, bytes or Image column) if there is one, or {"messages": [...]} in
+the chat format; its last answer is trained on, nothing else. A "task" column splits the accuracy by task; the "choices"
+of a row are compared by likelihood. All flags of transformers.TrainingArguments work: --num_train_epochs, --bf16, ...
 """
 
 import inspect
@@ -19,8 +19,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -31,26 +32,11 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import monkeyjump as mj
 
@@ -60,13 +46,17 @@ PLAIN_TEMPLATE = """{% for message in messages %}{% if message.role == 'assistan
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
 {% if part.type == 'text' %}{{ part.text }}{% else %}IMAGE{% endif %}{% endfor %}{% endif %}\
 {% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
-DEFAULTS = {"output_dir": "monkeyjump-output", "learning_rate": 1e-3, "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available(),
-            "ddp_find_unused_parameters": False}  # fmt: skip
+GPU = torch.cuda.is_available()
+DEFAULTS = {
+    "output_dir": "monkeyjump-output", "learning_rate": 1e-3, "logging_steps": 10, "dataloader_pin_memory": GPU,
+    "bf16": GPU and torch.cuda.is_bf16_supported(), "ddp_find_unused_parameters": False,
+}  # fmt: skip
 BASE_STEPS = 400  # of the demonstration's base model
-DEMONSTRATION = {"output_dir": "monkeyjump-demo", "overwrite_output_dir": True, "eval_accuracy": True, "held_back": 256,
-                 "max_steps": 400, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64,
-                 "learning_rate": 2e-2, "lr_scheduler_type": "cosine", "logging_steps": 100,
-                 "shared_expert": ["up_proj", "down_proj"]}  # fmt: skip
+DEMONSTRATION = {
+    "output_dir": "monkeyjump-demo", "overwrite_output_dir": True, "eval_accuracy": True, "held_back": 256,
+    "max_steps": 400, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64, "learning_rate": 2e-2,
+    "lr_scheduler_type": "cosine", "logging_steps": 100, "shared_expert": ["up_proj", "down_proj"],
+}  # fmt: skip
 
 
 def option(default: Any, text: str) -> Any:
@@ -124,14 +114,14 @@ def errors_in_one_line() -> Iterator[None]:
     """Until training starts an error is somebody's input: say what and where, without a traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
         if os.environ.get("RANK", "0") == "0":
             print("train_example.py: error:", " ".join(str(cause or error).split())[:600], file=sys.stderr)
         sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------ rows to tokens
+# ---------------- rows to tokens
 
 
 def parts(content: Any) -> list[dict[str, Any]]:
@@ -140,17 +130,18 @@ def parts(content: Any) -> list[dict[str, Any]]:
     return [{"type": "text", "text": str(content)}] if content not in (None, "") else []
 
 
-def load_media(source: Any) -> Any:
+def picture(source: Any) -> Any:
     source = source.get("bytes") or source["path"] if isinstance(source, dict) else source
     source = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
-    return source.convert("RGB") if isinstance(source, Image.Image) else source  # processors open paths and addresses
+    source = Image.open(source) if isinstance(source, str) and "://" not in source else source
+    return source.convert("RGB") if isinstance(source, Image.Image) else source  # the processor opens addresses
 
 
 class Chat:
-    """Rows as conversations, these as padded batches; as a data collator it labels the last answer and nothing else."""
+    """Rows as conversations and as padded batches; called as the Trainer's data collator it labels answers, only."""
 
-    def __init__(self, processor: Any, vision: bool, options: Options) -> None:
-        self.processor, self.vision, self.options = processor, vision, options
+    def __init__(self, processor: Any, vision: bool, options: Options, dtype: torch.dtype = torch.float32) -> None:
+        self.processor, self.vision, self.options, self.dtype = processor, vision, options, dtype
         self.tokenizer = processor.tokenizer if vision else processor
         self.tokenizer.truncation_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -172,7 +163,7 @@ class Chat:
             kind = part["type"]
             source = part.get(kind) or part.get("path") or part.get("url")
             if not self.vision:
-                raise ValueError(f"has an {kind}, but {self.options.model} is a text-only model")
+                raise ValueError(f"holds {kind} data, but {self.options.model} is a text-only model")
             if isinstance(source, str) and "://" not in source:
                 source = str(self.folder / source)
                 if not Path(source).is_file():
@@ -204,7 +195,7 @@ class Chat:
         return {"add_special_tokens": not (bos and text.startswith(bos))}
 
     def answer_tokens(self, row: dict[str, Any]) -> list[int]:
-        """What follows the tokens that the prompt alone has too: whatever is merged, no token of a prompt is trained on."""
+        """What follows the tokens that the prompt alone has too: no prompt's token is trained on, whatever merges."""
         whole, prompt = self.text(row), self.text(row, prompt_only=True)
         whole, prompt = (self.tokenizer(text, **self.special(whole)).input_ids for text in (whole, prompt))
         pairs = enumerate(zip(whole, prompt, strict=False))
@@ -215,16 +206,14 @@ class Chat:
         self.tokenizer.padding_side = side
         keywords = {"padding": True, "return_tensors": "pt", **self.special(texts[0])}
         if not self.vision:
-            length = self.options.max_length
-            return self.tokenizer(
-                texts, truncation=bool(length), max_length=length, return_token_type_ids=False, **keywords
-            )
+            keywords |= {"truncation": bool(self.options.max_length), "max_length": self.options.max_length}
+            return self.tokenizer(texts, return_token_type_ids=False, **keywords)
         content = [[part for message in self.conversation(row) for part in message["content"]] for row in rows]
-        for kind in ("image", "video"):
-            media = [[load_media(part[kind]) for part in row if part["type"] == kind] for row in content]
+        for kind, load in {"image": picture, "video": lambda source: source}.items():
+            media = [[load(part[kind]) for part in row if part["type"] == kind] for row in content]
             if any(media):
                 keywords[f"{kind}s"] = media
-        return self.processor(text=texts, **keywords)
+        return self.processor(text=texts, **keywords).to(self.dtype)
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         batch = self.batch(rows)
@@ -250,6 +239,7 @@ class Chat:
         return {"answer_length": answer, "problem": ""}
 
     def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """The rows that can be trained on; the others are counted and the first is shown."""
         found = rows.map(self.measure, remove_columns=rows.column_names, keep_in_memory=True)[:]
         bad = [i for i, problem in enumerate(found["problem"]) if problem]
         if len(bad) == len(rows):
@@ -291,7 +281,14 @@ def load_rows(chat: Chat, training: TrainingArguments) -> tuple[datasets.Dataset
     return halves["train"], halves["test"]
 
 
-# ------------------------------------------------------------------------------------------------ training and evaluation
+# ---------------- training and evaluation
+
+
+ROUTER_LOGS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "entropy": lambda block: block["entropy"],
+    "largest_share": lambda block: float(block["share"].max()),
+    "cosine": lambda block: float((block["share"] * block["cosine"]).sum()),
+}
 
 
 class MonkeyJumpTrainer(Trainer):
@@ -303,29 +300,27 @@ class MonkeyJumpTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **keywords)
         if not (self.orthogonal_weight and model.training):
             return result
-        penalty = mj.orthogonal_regularization(self.model) * self.orthogonal_weight / self.args.gradient_accumulation_steps
+        penalty = mj.orthogonal_regularization(self.model) * self.orthogonal_weight
+        penalty = penalty / self.args.gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
         if "loss" in logs:
             self.routing = mj.router_statistics(self.model, reset=True)
-            blocks = [block for block in self.routing.values() if block["count"]]
-            for name, value in {"entropy": lambda b: b["entropy"], "largest_share": lambda b: float(b["share"].max()),
-                                "cosine": lambda b: float((b["share"] * b["cosine"]).sum())}.items():  # fmt: skip
-                if blocks:
-                    logs[f"router_{name}"] = round(sum(map(value, blocks)) / len(blocks), 4)
+            for name, of in ROUTER_LOGS.items():
+                logs[f"router_{name}"] = sum(map(of, self.routing.values())) / len(self.routing)
         super().log(logs, *args, **keywords)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         directory = output_dir or self.args.output_dir
         mj.save_adapter(self.model, directory)
-        tensors = mj.monkeyjump_state_dict(self.model)  # with what only training needs; the Trainer resumes from this file
+        tensors = mj.monkeyjump_state_dict(self.model)  # more than the adapter: the Trainer resumes from this file
         if self.args.should_save:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, Path(directory, "model.safetensors"), metadata={"format": "pt"})
 
 
-class RankAllocation(TrainerCallback):
+class RankAllocation(transformers.TrainerCallback):
     """AdaLoRA's schedule: a tenth of the steps at full rank, pruning, then three tenths with the choice fixed."""
 
     def __init__(self, target_rank: float) -> None:
@@ -365,10 +360,10 @@ def predict(model: Any, chat: Chat, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def accuracy(model: Any, chat: Chat, rows: datasets.Dataset, batch_size: int, sharded: bool) -> dict[str, float]:
-    """The share of rows answered exactly, by task and over all. Processes split the rows, unless they share one model."""
+    """The share of rows answered exactly, in all and by task. Processes split the rows unless they share a model."""
     model.eval()
-    hits, mine = [], nullcontext(range(len(rows))) if sharded else PartialState().split_between_processes(range(len(rows)))
-    with mine as indices:
+    hits, everything = [], list(range(len(rows)))
+    with nullcontext(everything) if sharded else PartialState().split_between_processes(everything) as indices:
         rows = rows.select(indices).to_list()
     kinds = [row for row in rows if row.get("choices")], [row for row in rows if not row.get("choices")]
     batches = [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
@@ -392,21 +387,18 @@ def routing_table(routing: dict[str, dict[str, Any]]) -> str:
 
 
 def last_checkpoint(directory: str) -> str:
-    """The newest complete checkpoint: the Trainer writes trainer_state.json last, so a killed save lacks it or cuts it."""
-    found = sorted(Path(directory).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    for path in found:
-        try:
+    """The newest complete checkpoint: trainer_state.json is written last, so a killed save lacks it or cuts it."""
+    for path in sorted(Path(directory).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1])):
+        with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
-        except (OSError, ValueError):
-            continue
     raise ValueError(f"--resume_from_checkpoint: no complete checkpoint in {directory}")
 
 
-# ------------------------------------------------------------------------------------------------ the demonstration
+# ---------------- the demonstration
 
 
-def byte_level_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(*more: str) -> transformers.PreTrainedTokenizerFast:
     """One token a byte, three special ones, and as many more as are given."""
     special = ["<s>", "</s>", "<pad>", *more]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -414,12 +406,14 @@ def byte_level_tokenizer(*more: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
-def demonstration(folder: Path, seed: int) -> None:
+def demonstration(folder: Path, seed: int, use_cpu: bool) -> None:
     """Make a small Llama that can do some tasks on words, and rows of other tasks for Monkey Jump to teach it."""
-    set_seed(seed)
+    transformers.set_seed(seed)
     known: dict[str, Callable[[str], str]] = {
         "copy": lambda w: w, "reverse": lambda w: w[::-1], "last": lambda w: w[-1], "tail": lambda w: w[1:],
         "next": lambda w: "".join(chr((ord(c) - 96) % 26 + 97) for c in w)}  # fmt: skip
@@ -433,18 +427,17 @@ def demonstration(folder: Path, seed: int) -> None:
         )
 
     tokenizer = byte_level_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
-        pad_token_id=2,
-    ))  # fmt: skip
+        initializer_range=0.1, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
     say("the base model, a small Llama, learns to", ", ".join(known))
     arguments = TrainingArguments(
-        str(folder), max_steps=BASE_STEPS, per_device_train_batch_size=64, learning_rate=5e-3, warmup_steps=40, seed=seed,
-        adam_beta2=0.98, lr_scheduler_type="cosine", logging_steps=100, save_strategy="no", remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        str(folder), max_steps=BASE_STEPS, per_device_train_batch_size=64, learning_rate=5e-3, adam_beta2=0.98,
+        warmup_steps=BASE_STEPS // 10, lr_scheduler_type="cosine", logging_steps=100, save_strategy="no", seed=seed,
+        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=use_cpu,
     )  # fmt: skip
-    chat = Chat(tokenizer, False, Options())
+    chat, model = Chat(tokenizer, False, Options()), transformers.LlamaForCausalLM(config)
     base = Trainer(model, arguments, data_collator=chat, train_dataset=chat.usable(rows(known, 8000)))
     base.train()
     base.save_model(str(folder / "base"))
@@ -455,93 +448,107 @@ def demonstration(folder: Path, seed: int) -> None:
     say("Monkey Jump teaches it to", ", ".join(new))
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# ---------------- the run
 
 
 def parse(argv: list[str] | None) -> tuple[Options, TrainingArguments]:
-    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
+    parser = transformers.HfArgumentParser((Options, TrainingArguments), description=__doc__)
 
     def error(message: str) -> None:
         raise ValueError(message)
 
     parser.error = error  # argparse would print the usage of all two hundred flags
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    parser.set_defaults(**DEFAULTS, bf16=bf16)
+    parser.set_defaults(**DEFAULTS)
     if parser.parse_known_args(argv)[0].model is None:
         parser.set_defaults(**DEMONSTRATION)
     options, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    training.remove_unused_columns = False  # the collator reads the rows themselves
-    training._n_gpu = min(training.n_gpu, 1)  # several GPUs are torchrun's to use: DataParallel threads would share routers
+    training.remove_unused_columns = False  # the collator reads whole rows
+    training._n_gpu = min(training.n_gpu, 1)  # more are for torchrun: DataParallel's threads would share the routers
     options.blocks = json.loads(options.blocks) if options.blocks else None
     return options, training
 
 
-def check_paths(options: Options, training: TrainingArguments) -> None:
+def check(options: Options, training: TrainingArguments) -> None:
     """What can be known to fail before anything is read, downloaded or written."""
-    trains = not (options.eval_only or options.generate)
-    if options.model and not options.dataset and not options.generate:
+    if options.model is None and (options.dataset or options.adapter_path or options.generate or options.eval_only):
+        raise ValueError("--model is missing: a hub id, a folder or a .gguf file")
+    if options.model and not (options.dataset or options.generate):
         raise ValueError("--dataset is missing: a hub id, a folder or a .json, .jsonl, .csv or .parquet file")
-    for name, kinds in {"model": {".gguf"}, "dataset": set(FORMATS), "adapter_path": {"always"}}.items():
-        value = getattr(options, name)
-        local = value and (Path(value).suffix in kinds or "always" in kinds or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value))
-        if local and not Path(value).exists():
+    for name, kinds in {"model": [".gguf"], "dataset": FORMATS, "adapter_path": []}.items():
+        value = getattr(options, name) or ""
+        on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and Path(value).suffix not in kinds
+        if value and (name == "adapter_path" or not on_hub) and not Path(value).exists():
             raise ValueError(f"--{name} {value}: no such file or folder")
+    if options.load_in_4bit and not find_spec("bitsandbytes"):
+        raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
     if training.resume_from_checkpoint in ("True", "true", "last"):
         training.resume_from_checkpoint = last_checkpoint(training.output_dir)
-    elif trains and not training.resume_from_checkpoint and not options.overwrite_output_dir:
-        if found := [p for p in Path(training.output_dir).glob("*") if p.name.startswith(("adapter_", "checkpoint-"))]:
-            raise ValueError(f"{found[0]} is another run's: --resume_from_checkpoint last goes on with it, "
-                             "--overwrite_output_dir replaces it, --output_dir goes elsewhere")  # fmt: skip
+    if options.eval_only or options.generate or options.overwrite_output_dir or training.resume_from_checkpoint:
+        return
+    if found := [p for p in Path(training.output_dir).glob("*") if p.name.startswith(("adapter_", "checkpoint-"))]:
+        raise ValueError(f"{found[0]} is another run's: --resume_from_checkpoint last goes on with it, "
+                         "--overwrite_output_dir replaces it, --output_dir goes elsewhere")  # fmt: skip
+
+
+def prepare(options: Options, training: TrainingArguments) -> tuple[Any, Chat, Any, Any]:
+    """The adapted model, its chat and the rows. What configuration, tokenizer and rows rule out needs no weights."""
+    name, source = options.model, {}
+    if name.endswith(".gguf"):
+        name, source = str(Path(name).parent), {"gguf_file": Path(name).name}
+    config = transformers.AutoConfig.from_pretrained(name, **source)
+    vision = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    names = inspect.signature(mj.apply_monkeyjump).parameters
+    keywords = {name: value for name, value in vars(options).items() if name in names and name != "model"}
+    if not options.adapter_path:
+        with torch.device("meta"):
+            mj.apply_monkeyjump(auto.from_config(config), **keywords)
+    processor = (transformers.AutoProcessor if vision else transformers.AutoTokenizer).from_pretrained(name, **source)
+    if not vision:
+        options.max_length = options.max_length or getattr(config, "max_position_embeddings", None)
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    chat, rows = Chat(processor, vision, options, dtype), (None, None)
+    if options.dataset and not options.generate:
+        with training.main_process_first(desc="reading the rows"):
+            rows = load_rows(chat, training)
+        chat([(rows[0] or rows[1])[0]])  # a package that the processor lacks is missed here
+
+    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if options.load_in_4bit:
+        source["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    model = auto.from_pretrained(name, dtype=dtype, **source)
+    if options.adapter_path:
+        mj.load_adapter(model, options.adapter_path)
+    else:
+        mj.apply_monkeyjump(model, **keywords)
+    if training.resume_from_checkpoint:  # the Trainer would take another adapter's checkpoint without a word
+        mj.load_adapter(model, training.resume_from_checkpoint)
+    model._hf_peft_config_loaded = getattr(model, "is_quantized", False)  # what the Trainer asks of a quantised model
+    return model, chat, *rows
 
 
 def main(argv: list[str] | None = None) -> None:
     with errors_in_one_line():
         options, training = parse(argv)
-        check_paths(options, training)
+        check(options, training)
     if options.model is None:
-        demonstration(Path(training.output_dir), training.seed)
-        options.model, options.dataset = f"{training.output_dir}/base", f"{training.output_dir}/rows.jsonl"
-    set_seed(training.seed)
-
-    with errors_in_one_line():  # configuration, tokenizer and rows first: what they rule out needs no weights
-        name, source = options.model, {}
-        if name.endswith(".gguf"):
-            name, source = str(Path(name).parent), {"gguf_file": Path(name).name}
-        config = AutoConfig.from_pretrained(name, **source)
-        vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        keywords = list(inspect.signature(mj.apply_monkeyjump).parameters)[1:]
-        keywords = {keyword: getattr(options, keyword) for keyword in keywords if hasattr(options, keyword)}
-        if not options.adapter_path:
-            with torch.device("meta"):
-                mj.apply_monkeyjump(auto.from_config(config), **keywords)
-        chat = Chat((AutoProcessor if vision else AutoTokenizer).from_pretrained(name, **source), vision, options)
-        train_rows = eval_rows = None
-        if options.dataset and not options.generate:
-            with training.main_process_first(desc="reading the rows"):
-                train_rows, eval_rows = load_rows(chat, training)
-            chat([(eval_rows or train_rows)[0]])  # a package that the processor lacks is missed here
-
-        if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # packed weights would be slow to train through
-            source["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-        if options.load_in_4bit:
-            source["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-        model = auto.from_pretrained(name, dtype=dtype, **source)
-        model = mj.load_adapter(model, options.adapter_path) if options.adapter_path else mj.apply_monkeyjump(model, **keywords)
-        if training.resume_from_checkpoint:
-            mj.load_adapter(model, training.resume_from_checkpoint)  # says what is wrong if it is another adapter's
-        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)  # else the Trainer refuses: no adapters seen
-
+        folder = Path(training.output_dir)
+        demonstration(folder, training.seed, training.use_cpu)
+        options.model, options.dataset = str(folder / "base"), str(folder / "rows.jsonl")
+    transformers.set_seed(training.seed)
+    with errors_in_one_line():
+        model, chat, train_rows, eval_rows = prepare(options, training)
     if options.generate:
-        print(predict(model.to(training.device).eval(), chat, [{options.prompt_column: options.generate}])[0])
+        say(predict(model.to(training.device).eval(), chat, [{options.prompt_column: options.generate}])[0])
         return
+
     if PartialState().is_main_process:
         mj.print_trainable_parameters(model)
     trainer = MonkeyJumpTrainer(model, training, data_collator=chat, train_dataset=train_rows, eval_dataset=eval_rows)
-    if options.adapter == "adalora":
+    if any(name.endswith("lora_E") for name, _ in model.named_parameters()):
         trainer.orthogonal_weight = options.orthogonal_weight
         trainer.add_callback(RankAllocation(options.target_rank))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -557,7 +564,8 @@ def main(argv: list[str] | None = None) -> None:
         with mj.disable_adapters(model):
             evaluate("before")
     if not options.eval_only:
-        if options.kmeans_samples and not (options.adapter_path or training.resume_from_checkpoint):
+        fresh = not (options.adapter_path or training.resume_from_checkpoint)
+        if options.kmeans_samples and fresh:
             mj.init_router_centers(trainer, subset_size=options.kmeans_samples, seed=training.seed)
         if options.overwrite_output_dir and not training.resume_from_checkpoint and trainer.is_world_process_zero():
             for old in Path(training.output_dir).glob("checkpoint-*"):
@@ -568,18 +576,18 @@ def main(argv: list[str] | None = None) -> None:
 
     for metric in results.get("after", {}):
         say(f"{metric:<20}" + "".join(f"  {moment} {values[metric]:8.4f}" for moment, values in results.items()))
-    if trainer.routing:
-        say(routing_table(trainer.routing))
-    if options.eval_accuracy and not sharded and not options.eval_only:
+    if options.eval_only:
+        return
+    say(routing_table(trainer.routing or mj.router_statistics(model)))
+    if options.eval_accuracy and eval_rows is not None and not sharded:
         model = mj.load_adapter(mj.remove_monkeyjump(model), training.output_dir)
         rows = [{**row, "choices": None} for row in eval_rows.select(range(min(4, len(eval_rows))))]
         say("answers of the adapter loaded from disk:")
         for row, answer in zip(rows, predict(model.eval(), chat, rows), strict=True):
             say(f"  {chat.text(row, prompt_only=True)[-60:]!r} -> {answer!r}, right is {chat.answer(row)!r}")
-    if not options.eval_only:
-        if training.push_to_hub:
-            trainer.push_to_hub()
-        say(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    say(training.output_dir)
 
 
 if __name__ == "__main__":

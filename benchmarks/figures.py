@@ -1,8 +1,9 @@
-"""What the router does, drawn: experts per block, experts per task, representations with their centers, costs.
+r"""What the router does, drawn: experts per block, experts per task, representations with their centers, costs.
 
-    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER [--adapter SAVED] [--cost cost.json]
+    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER \
+        [--options centered=true] [--adapter SAVED] [--cost cost.json]
 
-Without --adapter, Monkey Jump is applied with its defaults and its centers are set by k-means on training rows.
+Without --adapter, Monkey Jump is applied with --options and its centers are set by k-means on training rows.
 Writes routing.png and representations.png (and cost.png: {"title": ..., "unit": ..., "bars": {name: value}}) beside
 this file, or into --out.
 """
@@ -88,7 +89,8 @@ def draw_representations(points: list[tuple[str, Tensor, Tensor, Tensor]], exper
         flat, stars = (x - mean) @ plane, (centers - mean) @ plane
         for e, name in enumerate(experts):
             color = COLORS[e % len(COLORS)]
-            mine = flat[assigned == e][:400]  # enough to see, and a small file
+            mine = flat[assigned == e]
+            mine = mine[:: 1 + len(mine) // 400]  # enough to see, and a small file
             axis.scatter(*mine.T, s=4, color=color, alpha=0.5, linewidths=0, label=name)
             axis.scatter(*stars[e], s=180, marker="*", color=color, edgecolors="black")
         axis.set(title=title, xticks=[], yticks=[])
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder, hub id or .gguf file")
     parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--adapter", help="what save_adapter wrote")
+    parser.add_argument("--options", nargs="*", default=[], help="name=value of apply_monkeyjump")
     parser.add_argument("--rows", type=int, default=24, help="test rows a task")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 15, 28], help="blocks to show in the projection")
     parser.add_argument("--cost", help="JSON file with figures for the bars")
@@ -121,7 +124,8 @@ def main() -> None:
     if args.adapter:
         mj.load_adapter(model, args.adapter)
     else:
-        mj.apply_monkeyjump(model)
+        options = (option.split("=") for option in args.options)
+        mj.apply_monkeyjump(model, **{name: quality.parse(value) for name, value in options})
         train = quality.read_rows(args.data, "train", tokenizer, None, 1000)
         batches = quality.training_batches(train, 40, 8, 0)
         mj.init_router_centers(model, [quality.collate(b, pad, device) | {"logits_to_keep": 1} for b in batches])
