@@ -454,6 +454,7 @@ class Stack:
     def __init__(self, owner: nn.Module, config: MonkeyJumpConfig) -> None:
         self.owner, self.config, self.scale = owner, config, ADAPTERS[config.adapter].scale(config)
         self.blocks: list[nn.Module] = []
+        self.checkpointed: list[nn.Module] = [owner]  # what may have a checkpoint: blocks, in zamba2 parts of them
         self.enabled, self.collecting, self.routed_ahead, self.streams_first = True, False, False, False
         self.call: Call | None = None  # of the block that is running
         self.tape: Tape | None = None  # of the checkpointed function that is running
@@ -484,7 +485,7 @@ class Stack:
         self.real, self.gates = None, {}
         self.collecting = self.enabled and owner.training and torch.is_grad_enabled()
         self.centers = self.current_centers(owner.monkeyjump_forwards if self.collecting else None)
-        for module in (owner, *self.blocks):  # enabling checkpointing, at any time, sets this function anew
+        for module in self.checkpointed:  # enabling checkpointing, at any time, sets this function anew
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpoint):
                 checkpoint = Checkpoint(function, self, module)
@@ -651,8 +652,9 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
 
 # ---------------------------------------------------------------------------------------------- parts of the model
 
-# A token mixer asks what a feed-forward does not: who else is there (masks, caches, positions of other tokens).
-MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^state$")
+# A token mixer asks what a feed-forward does not: who else is there (masks, caches, positions of other tokens), or hands
+# **kwargs on to the attention kernel.
+MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^(state|kwargs)$")
 # Routers and indexers choose by top-k, so no gradient comes back; mamba's dt_proj is never called, its weight is read;
 # kv_b_proj sees the whole cache of latents again at each decoded token; zaya's v_proj_delayed sees a blank one.
 NOT_A_PROJECTION = re.compile(r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed")
@@ -710,8 +712,9 @@ def language_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     modules, lists, chosen = dict(model.named_modules()), block_lists(model), set()
+    size = len(tokens.weight) if isinstance(tokens, nn.Module) and hasattr(tokens, "weight") else None
     for path, module in modules.items():
-        if module is tokens or isinstance(module, nn.Embedding) and len(module.weight) == len(tokens.weight):
+        if module is tokens or isinstance(module, nn.Embedding) and module.num_embeddings == size:
             below: list[str] = []
             while path and not below:
                 path = path.rpartition(".")[0]
@@ -913,7 +916,8 @@ def apply_monkeyjump(
         order.setdefault(type(module).__name__, []).append(path)
     settings["blocks"] = {kind: [i for i, p in enumerate(ps) if p in chosen] for kind, ps in order.items()}
     settings["blocks"] = {kind: indices for kind, indices in settings["blocks"].items() if indices}
-    config = MonkeyJumpConfig(**{**settings, "linears": named, "shared_expert": shared_names})
+    taken = list(dict.fromkeys(p for routed, *_ in plan.values() for p in routed)) if linears is None else named
+    config = MonkeyJumpConfig(**{**settings, "linears": taken, "shared_expert": shared_names})
     most = max(len(routed) for routed, *_ in plan.values())
     if top_k > most:
         raise ValueError(f"top_k={top_k}: at most {most}, the experts of a block; its linears: {', '.join(available)}")
@@ -944,6 +948,7 @@ def apply_monkeyjump(
         block.monkeyjump = state.routers[path] = Router(path, routed, width, stack, config, _device(block))
         block.monkeyjump.handles = [block.register_forward_pre_hook(block.monkeyjump.enter, with_kwargs=True)]
         stack.blocks.append(block)
+        stack.checkpointed += [module for module in block.modules() if hasattr(module, "gradient_checkpointing")]
     state.stacks, model._monkeyjump = list(stacks.values()), state
     return model
 
@@ -1231,7 +1236,7 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
             handle.remove()
     for stack in state.stacks:
         del stack.owner.monkeyjump_forwards
-        for module in (stack.owner, *stack.blocks):
+        for module in stack.checkpointed:
             if isinstance(checkpoint := module.__dict__.get("_gradient_checkpointing_func"), Checkpoint):
                 module._gradient_checkpointing_func = checkpoint.function
     for path in (*state.routers, *state.adapters):

@@ -164,6 +164,8 @@ class Chat:
             source = part.get(kind) or part.get("path") or part.get("url")
             if not self.vision:
                 raise ValueError(f"holds {kind} data, but {self.options.model} is a text-only model")
+            if kind != "image" and not hasattr(self.processor, f"{kind}_processor"):
+                raise ValueError(f"holds {kind} data, which {type(self.processor).__name__} does not take")
             if isinstance(source, str) and "://" not in source:
                 source = str(self.folder / source)
                 if not Path(source).is_file():
@@ -542,7 +544,8 @@ def main(argv: list[str] | None = None) -> None:
     with errors_in_one_line():
         model, chat, train_rows, eval_rows = prepare(options, training)
     if options.generate:
-        say(predict(model.to(training.device).eval(), chat, [{options.prompt_column: options.generate}])[0])
+        model = model if options.load_in_4bit else model.to(training.device)
+        say(predict(model.eval(), chat, [{options.prompt_column: options.generate}])[0])
         return
 
     if PartialState().is_main_process:

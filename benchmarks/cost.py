@@ -250,7 +250,7 @@ def time_columns(times: dict[str, list[float]], system: str, label: str) -> dict
     row = {f"{label} ms": statistics.median(times[system])}
     for reference in ("PEFT LoRA", "MoE-LoRA"):
         if reference in times:
-            row[f"/ {reference.split('-')[0].split()[0]} ({label})"] = ratio(times, system, reference)
+            row[f"{label} / {reference}"] = ratio(times, system, reference)
     return row
 
 
@@ -311,6 +311,43 @@ def inference_table(args: argparse.Namespace, config: PretrainedConfig, batch: i
     return list(rows.values())
 
 
+def scaling_table(rounds: int, device: str) -> list[dict]:
+    """Routing, statistics and the moving average alone, from one setting outwards, and k-means as at initialisation."""
+    from monkeyjump import cluster_statistics, ema_update, kmeans, route, unit
+
+    width, setting = 896, {"blocks": 24, "T": 1024, "E": 4, "k": 2}
+
+    def routing(blocks: int, T: int, E: int, k: int) -> Callable[[], None]:
+        hidden = torch.randn(T, width, device=device, dtype=torch.bfloat16)
+        centers = unit(torch.randn(blocks, E, width, device=device))
+
+        def run() -> None:
+            seen = []
+            for block_centers in centers:
+                representations = unit(hidden)
+                gates, experts = route(representations, block_centers, k)
+                seen.append(cluster_statistics(representations, experts, gates, None))
+            sums, mass = torch.stack(seen).split([width, E], dim=-1)
+            ema_update(centers, sums, mass.sum(-1), 0.9)
+
+        return run
+
+    outwards = {"T": (256, 4096), "E": (2, 8, 16), "k": (1, 4), "blocks": (6, 12)}
+    settings = [setting, *({**setting, name: value} for name, values in outwards.items() for value in values)]
+    tasks = {str(index): routing(**chosen) for index, chosen in enumerate(settings)}
+    take_turns(tasks, 2, device)
+    times = take_turns(tasks, rounds, device)
+    rows = [
+        {**chosen, "routing ms": statistics.median(times[task]), "/ first row": ratio(times, task, "0")}
+        for task, chosen in zip(tasks, settings, strict=True)
+    ]
+
+    modes = torch.randn(24, 4, width, device=device).repeat(1, 1000, 1)
+    points = unit(modes + torch.randn(24, 4000, width, device=device))
+    times = take_turns({"k-means": lambda: kmeans(points, 4, 15, torch.Generator().manual_seed(0))}, 1, device)
+    return [*rows, {**setting, "T": 4000, "k-means s": times["k-means"][0] / 1e3}]
+
+
 # ---------------------------------------------------------------------------------------------------------- main
 
 
@@ -332,11 +369,13 @@ def main() -> None:
     cuda = args.device == "cuda"
     config, (batch, length) = (qwen_config(), (8, 512)) if cuda else (small_config(), (2, 128))
     machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    header = f"torch {torch.__version__}, transformers {transformers.__version__}, {machine}, batch {batch} x {length}"
+    header = f"torch {torch.__version__}, transformers {transformers.__version__}, {machine}"
+    if not args.scaling:
+        header += f", {config.model_type} of {config.num_hidden_layers} blocks, batch {batch} x {length}"
     print(header, end="\n\n")
     tables = {}
     if args.scaling:
-        tables["scaling"] = scaling_table(args)
+        tables["scaling"] = scaling_table(args.rounds, args.device)
     elif args.inference:
         tables["inference"] = inference_table(args, config, batch, length)
     else:
