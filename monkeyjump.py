@@ -652,8 +652,8 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
 
 # ---------------------------------------------------------------------------------------------- parts of the model
 
-# A token mixer asks what a feed-forward does not: who else is there (masks, caches, positions of other tokens), or hands
-# **kwargs on to the attention kernel.
+# A token mixer asks what a feed-forward does not: who else is there (masks, caches, positions of other tokens); or it
+# hands **kwargs on to the attention kernel.
 MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^(state|kwargs)$")
 # Routers and indexers choose by top-k, so no gradient comes back; mamba's dt_proj is never called, its weight is read;
 # kv_b_proj sees the whole cache of latents again at each decoded token; zaya's v_proj_delayed sees a blank one.
@@ -674,16 +674,22 @@ REFUSED = {
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a dense linear layer of any kind, quantised ones included; None for anything else."""
+    layer = layer.get_base_layer() if _is_peft(layer) else layer
     kind = type(layer).__name__  # a grouped linear is block-diagonal: no single matrix to add a low-rank one to
     if hasattr(layer, "in_features") and hasattr(layer, "out_features") and "Grouped" not in kind:
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape) if kind == "Conv1D" and hasattr(layer, "nf") else None  # GPT-2: [in, out]
 
 
-def block_linears(block: nn.Module) -> list[str]:
-    """Paths of the dense linears of a block (of its PEFT layers, where it has any), as found."""
-    peft = [path for path, module in block.named_modules() if _is_peft(module)]
-    return peft or [path for path, module in block.named_modules() if features(module)]
+def block_linears(block: nn.Module, peft: bool = False) -> list[str]:
+    """Paths of the dense linears of a block, or of those that PEFT has adapted, as found."""
+    found = [path for path, module in block.named_modules() if features(module) and (_is_peft(module) or not peft)]
+    return [path for path in found if not (peft and path.endswith("base_layer"))]  # one PEFT layer in another
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """A layer that PEFT adapted; but with `target_parameters` its base layer runs with the adapted weight."""
+    return hasattr(module, "get_base_layer") and hasattr(module, "merged") and not hasattr(module, "parameter_name")
 
 
 def attention_linears(block: nn.Module, cross: bool = True) -> list[str]:
@@ -776,7 +782,8 @@ class State:
     """What `apply_monkeyjump` leaves on the model: who is where, the hook at the model's entry, the way back."""
 
     def __init__(self, model: nn.Module, config: MonkeyJumpConfig) -> None:
-        self.config = config
+        self.model, self.config = model, config
+        self.overridden: list[tuple[nn.Module, str]] = []  # methods of a PEFT model
         self.stacks: list[Stack] = []
         self.routers: dict[str, Router] = {}
         self.adapters: dict[str, Adapter] = {}
@@ -793,6 +800,34 @@ class State:
         if self.text_stack is not None:
             self.text_stack.root = {to: _argument(args, kwargs, *source) for to, source in self.sources.items()}
         return args, {name: value for name, value in kwargs.items() if name != "prompt_end"}
+
+    def override(self) -> None:
+        """Methods of a PEFT model that must know of the routing."""
+        for module in self.model.modules():
+            if hasattr(type(module), "merge_and_unload"):
+                module.merge_adapter = module.merge_and_unload = module.unload = _refuse_merge
+                self.overridden += [(module, name) for name in ("merge_adapter", "merge_and_unload", "unload")]
+        for name in ("save_pretrained", "load_adapter"):
+            if hasattr(type(self.model), name):
+                setattr(self.model, name, getattr(self, name))
+                self.overridden.append((self.model, name))
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's files, and the router's beside them: also what a Trainer's checkpoints hold."""
+        type(self.model).save_pretrained(self.model, directory, *args, **kwargs)
+        save_adapter(self.model, directory)
+
+    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's method, by which a Trainer resumes: weights for an adapter that is there bring their router."""
+        there = adapter_name in self.model.peft_config
+        result = type(self.model).load_adapter(self.model, directory, adapter_name, *args, **kwargs)
+        if there and _files(directory, True)[0].is_file():
+            load_adapter(self.model, directory)
+        return result
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("routed adapters cannot be merged: gates differ from token to token. Call remove_monkeyjump first")
 
 
 def _adapted(model: nn.Module) -> tuple[nn.Module, State] | None:
@@ -886,19 +921,22 @@ def apply_monkeyjump(
     if isinstance(adapter, type) and issubclass(adapter, Adapter):
         ADAPTERS[adapter.__name__] = adapter
         settings["adapter"] = adapter.__name__
-    if (settings["adapter"] == "peft") != any(map(_is_peft, model.modules())):
+    peft, layers = settings["adapter"] == "peft", list(filter(_is_peft, model.modules()))
+    if peft != bool(layers):
         raise ValueError(f"adapter={adapter!r}: 'peft' is for models that carry PEFT adapters, and only it is for them")
+    if any(layer.merged for layer in layers):
+        raise ValueError("adapter='peft': adapters are merged into this model: call its unmerge_adapter first")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in REFUSED:
         raise ValueError(f"{kind} models cannot be routed: {REFUSED[kind]}")
     chosen, cross = _find_blocks(model, blocks), len(block_lists(model)) > 1
     named, shared_names = _names(linears), _names(shared_expert)
     if linears is None:
-        find = block_linears if settings["adapter"] == "peft" else lambda block: attention_linears(block, cross)
-        named = list(dict.fromkeys(path for block in chosen.values() for path in find(block)))
+        found = [block_linears(b, True) if peft else attention_linears(b, cross) for b in chosen.values()]
+        named = list(dict.fromkeys(path for paths in found for path in paths))
     plan: dict[str, tuple[list[str], list[str], int]] = {}  # block -> experts, shared projections, width
     for path, block in chosen.items():
-        there, width = block_linears(block), block_width(model, block)
+        there, width = block_linears(block, peft), block_width(model, block)
         shared = _match(there, shared_names)
         routed = [p for p in _match(there, named) if p not in shared]
         # by token, other tokens are compared with the block's centers: they must be as wide
@@ -907,7 +945,7 @@ def apply_monkeyjump(
             raise ValueError(f"linears: {wide} of block {path!r} see other tokens, not {width} wide as the block's are")
         routed = [p for p in routed if rep_mode != "token" or p not in wide]
         plan[path] = routed, shared, width
-    available = sorted({p for block in chosen.values() for p in block_linears(block)})
+    available = sorted({p for block in chosen.values() for p in block_linears(block, peft)})
     for option, names in (("linears", named), ("shared_expert", shared_names)):
         if missing := [name for name in names if not _match(available, [name])]:
             raise ValueError(f"{option}={names}: {missing} not in these blocks; there are {', '.join(available)}")
@@ -923,7 +961,9 @@ def apply_monkeyjump(
         raise ValueError(f"top_k={top_k}: at most {most}, the experts of a block; its linears: {', '.join(available)}")
 
     state, stacks = State(model, config), {}
-    if config.adapter != "peft":
+    if peft:
+        state.override()
+    else:
         model.requires_grad_(False)
     text = {id(block) for block in language_blocks(model).values()}
     for path, (routed, shared, width) in plan.items():
@@ -957,55 +997,41 @@ class PeftAdapter(Adapter):
     """An adapter that PEFT made: y = base + gate * (adapted - base). It has no parameters of its own."""
 
     def attach(self, layer: nn.Module, stack: Stack, expert: int | None, foreign: bool) -> None:
-        super().attach(layer, stack, expert, foreign)
-        self.gated: set[str] = set()  # names of the PEFT adapters whose r-wide activation is gated
-        self.x = self.base = self.r_gate = None
-        self.handles += [
+        layer.monkeyjump, self.stack, self.expert, self.foreign = self, stack, expert, foreign
+        self.x = self.base = self.scaling = None
+        self.handles = [
             layer.register_forward_pre_hook(self.before),
             layer.get_base_layer().register_forward_hook(self.keep_base),
+            layer.register_forward_hook(self.hook, always_call=True),  # a recomputation may stop inside
         ]
-        layer.merge = self.refuse_merge
-
-    def refuse_merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("a routed adapter cannot be merged: its gate differs from token to token")
-
-    def gate(self, x: Tensor) -> Tensor | float:
-        return self.stack.gate(x, self.expert, self.foreign) if self.stack.call is not None else 0.0
 
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """LoRA: gate B's r-wide input. Any other method: keep the base layer's output, and interpolate."""
-        self.r_gate = None
-        if hasattr(layer, "lora_A") and isinstance(layer.lora_A, nn.ModuleDict) and not any(_variants(layer)):
-            self.r_gate = self.gate(args[0])
-            for name in set(layer.lora_A) - self.gated:
-                self.handles.append(layer.lora_A[name].register_forward_hook(self.scale_r))
-                self.gated.add(name)
-
-    def scale_r(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return None if self.r_gate is None else output * self.r_gate
+        """Forward pre-hook of the PEFT layer. Plain LoRA multiplies by `scaling`: there the gate costs nothing."""
+        variants = getattr(layer, "lora_variant", layer.active_adapters)  # DoRA and the like; a method that is not LoRA
+        plain = layer.base_layer is layer.get_base_layer() and not set(variants) & set(layer.active_adapters)
+        if self.stack.call is not None and plain and len(layer._forward_pre_hooks) == 1:  # PEFT has one of its own for
+            # adapter_names, which chooses among adapters row by row
+            gate = self.stack.gate(args[0], self.expert, self.foreign)
+            self.scaling, layer.scaling = layer.scaling, {name: gate * scale for name, scale in layer.scaling.items()}
 
     def keep_base(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.r_gate is not None:
+        """Forward hook of the base layer, for any other method."""
+        if self.scaling is not None:
             return None
         self.x, self.base = args[0], output
         return output.clone()  # PEFT may add to it in place
 
-    def hook(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self.r_gate is not None or self.expert is None and self.stack.call is not None:
+    def hook(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
+        x, base, scaling = self.x, self.base, self.scaling
+        self.x = self.base = self.scaling = None
+        if scaling is not None:
+            layer.scaling = scaling
+        if scaling is not None or output is None:
             return None
-        # IA3 and OFT change the base layer's input: then the plain base output takes a second product.
-        base = self.base if self.x is args[0] else layer.get_base_layer().forward(*args)
-        self.x = self.base = None
-        return torch.lerp(base, output, self.gate(args[0]))
-
-
-def _variants(layer: nn.Module) -> Iterator[bool]:
-    """Whether each active LoRA adapter is more than scaled B A x (DoRA and the like)."""
-    return (name in getattr(layer, "lora_variant", {}) or layer.use_dora.get(name) for name in layer.active_adapters)
-
-
-def _is_peft(module: nn.Module) -> bool:
-    return hasattr(module, "get_base_layer") and hasattr(module, "adapter_layer_names")
+        if x is not args[0]:  # IA3 and OFT change the base layer's input: then its plain output takes a second product
+            base = layer.get_base_layer().forward(*args)
+        gate = 0.0 if self.stack.call is None else self.stack.gate(args[0], self.expert, self.foreign)
+        return torch.lerp(base.to(output.dtype), output, gate.to(output.dtype) if isinstance(gate, Tensor) else gate)
 
 
 ADAPTERS["peft"] = PeftAdapter
@@ -1217,15 +1243,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within it the model gives the base model's own output, exactly: a reference pass, as in DPO."""
-    stacks = _state(model)[1].stacks
-    before = [stack.enabled for stack in stacks]
+    root, state = _state(model)
+    switches: list[tuple[Any, str, bool]] = [(stack, "enabled", False) for stack in state.stacks]
+    if state.config.adapter == "peft":  # also of what is not routed: embeddings, heads, modules to save
+        switches += [(m, "_disable_adapters", True) for m in root.modules() if hasattr(m, "_disable_adapters")]
+    before = [getattr(part, name) for part, name, _ in switches]
     try:
-        for stack in stacks:
-            stack.enabled = False
+        for part, name, off in switches:
+            setattr(part, name, off)
         yield
     finally:
-        for stack, enabled in zip(stacks, before, strict=True):
-            stack.enabled = enabled
+        for (part, name, _), value in zip(switches, before, strict=True):
+            setattr(part, name, value)
 
 
 def remove_monkeyjump(model: nn.Module) -> nn.Module:
@@ -1242,8 +1271,11 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
     for path in (*state.routers, *state.adapters):
         del root.get_submodule(path).monkeyjump
     del root._monkeyjump
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(name in state.trained)
+    for module, name in state.overridden:
+        delattr(module, name)
+    if state.config.adapter != "peft":
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(name in state.trained)
     return model
 
 
