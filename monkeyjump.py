@@ -636,6 +636,7 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
         mask = next((m for m in masks if _is_2d(m)), masks[0] if masks else None)
     if mask is None:
         return None
+    mask = mask[:, None] if mask.dim() == 3 else mask  # CPM-Ant's own [B, T, T]
     batch, tokens = hidden.shape[:2]
     if _is_2d(mask) and mask.shape[0] == batch:  # a narrower mask: the model put tokens of its own in front (CPM-Ant)
         return F.pad(mask != 0, (max(0, tokens - mask.shape[1]), 0), value=True)[:, -tokens:]
@@ -663,6 +664,7 @@ CROSS_ATTENTION = re.compile(r"cross_?att|encoder_(decoder_)?att|EncDecAtt")
 FOREIGN = re.compile(rf"({CROSS_ATTENTION.pattern}).*\b(k|v|key|value|c_attn)(_proj)?$")
 # Families whose projections see other tokens than their block, in a way that no name or shape tells.
 REFUSED = {
+    "blt": "its blocks see bytes and patches of bytes in turn",
     "led": "its projections see [tokens, batch, width]",
     "longformer": "its projections see [tokens, batch, width]",
     "prophetnet": "its decoder predicts several streams of tokens at once",
@@ -817,7 +819,7 @@ class State:
         type(self.model).save_pretrained(self.model, directory, *args, **kwargs)
         save_adapter(self.model, directory)
 
-    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, directory: str, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
         """PEFT's method, by which a Trainer resumes: weights for an adapter that is there bring their router."""
         there = adapter_name in self.model.peft_config
         result = type(self.model).load_adapter(self.model, directory, adapter_name, *args, **kwargs)

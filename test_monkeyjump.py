@@ -5,24 +5,47 @@ pytest test_monkeyjump.py
 
 import ast
 import copy
+import csv
+import functools
+import inspect
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    Trainer,
+    TrainingArguments,
+)
 
+import monkeyjump
 import monkeyjump as mj
+import train_example
 from monkeyjump import (
+    ADAPTERS,
+    Adapter,
     allocate_ranks,
     apply_monkeyjump,
     disable_adapters,
@@ -888,7 +911,9 @@ def test_adapters_stay_float32_over_a_bf16_base_and_kept_activations_stay_bf16(a
     model.model.layers[0].monkeyjump.enter(None, (x,), {})
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = projection(x.requires_grad_())
-    assert y.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in kept if t.shape[:2] == (2, 9) or t.shape[0] == 18)
+    assert y.dtype == torch.bfloat16 and all(
+        t.dtype == torch.bfloat16 for t in kept if t.shape[:2] == (2, 9) or t.shape[0] == 18
+    )
     model(input_ids=batch(), labels=batch()).loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in trained(model).values())
 
@@ -1312,34 +1337,1632 @@ def test_only_the_last_tokens_representation_depends_on_every_token():
         assert (gradient[0].abs().sum(dim=1) > 0).tolist() == [s <= t for s in range(6)]
 
 
-# ------------------------------------------------------------------------------------------------------ custom adapters
+# --------------------------------------------------------------------------------------------------- every architecture
+
+# ------------------------------------------------------------------------------------------- tiny models of every type
+
+# A field of a config class that is named here gets this value wherever it occurs.
+SMALL: dict[str, object] = {}
+for value, names in {
+    32: """hidden_size d_model n_embd dim_model embed_dim embedding_size embedding_dim emb_dim word_embed_proj_dim
+        hidden_size_global encoder_hidden_size out_hidden_size text_hidden_size projection_dim input_embedding_size
+        output_embedding_size adapter_in_dim adapter_out_dim attention_hidden_size lru_width projector_hidden_size
+        output_dim image_text_hidden_size adapter_input_size decoder_hidden_size mm_embed_dim output_proj_dims
+        vision_hidden_size backbone_hidden_size patch_embed_hidden_size projection_hidden_size embedding_dimension
+        d_inner merged_hidden_size image_token_embed_dim""",
+    48: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dim_ff dff mlp_dim n_inner
+        moe_intermediate_size
+        ffn_hidden_size feed_forward_size shared_expert_intermediate_size moe_shared_expert_intermediate_size
+        shared_intermediate_size intermediate_size_mlp expert_ffn_hidden_size dense_intermediate_size moe_hidden_size
+        shared_experts_intermediate_size experts_intermediate_size share_expert_dim alignment_intermediate_size
+        projection_intermediate_size projector_intermediate_size""",
+    2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers layers depth
+        num_encoder_layers num_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts
+        num_key_value_heads num_kv_heads swa_num_key_value_heads
+        max_window_layers resampler_depth index_topk_blocks num_global_layers
+        moe_top_k""",
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
+        num_encoder_attention_heads num_decoder_attention_heads linear_num_value_heads linear_num_heads
+        swa_num_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts index_n_heads
+        resampler_n_heads resampler_heads num_sliding_attention_heads patch_size resampler_n_latents
+        resampler_num_latents num_query_tokens latent_query_num mamba_chunk_size chunk_size
+        conf_num_attention_heads""",
+    8: """head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim dim_head d_head d_kv attention_head_size
+        linear_head_dim linear_key_head_dim linear_value_head_dim swa_head_dim attention_head_dim kv_channels
+        mamba_d_head mamba_headdim mamba_head_dim index_head_dim index_topk global_head_dim resampler_head_dim
+        resampler_dim_head mamba_d_state state_size ssm_state_size hidden_size_per_layer_input
+        query_pre_attn_scalar laurel_rank""",
+    16: "kv_lora_rank q_lora_rank d_rel o_lora_rank crop_size image_size",
+    100: "vocab_size num_embeddings codebook_size",
+    128: """max_position_embeddings n_positions n_ctx max_seq_len model_max_length num_position_embeddings
+        max_source_positions max_target_positions context_length position_embedding_size sliding_window
+        sliding_window_size attention_window_size rel_extent original_max_position_embeddings""",
+    0: "pad_token_id",
+    1: "bos_token_id n_group topk_group num_expert_group n_groups mamba_n_groups o_groups decoder_start_token_id",
+}.items():
+    SMALL |= dict.fromkeys(names.split(), value)
+SMALL |= {"eos_token_id": 2, "linear_num_key_heads": 2, "image_token_id": 90, "image_token_index": 90}
+SMALL |= {"use_mamba_kernels": False, "mm_tokens_per_image": 4}
 
 
-class Bottleneck(mj.Adapter):
-    """delta(x) = U gelu(V x), a small network beside each projection."""
+def fields_of(config_class: type) -> dict:
+    """The fields of a config class with their defaults."""
+    try:
+        return config_class().to_dict()
+    except Exception:  # a class without defaults for some of its parts
+        return dict.fromkeys(inspect.signature(config_class.__init__).parameters)
+
+
+def one_of_each_layer(default: dict) -> dict:
+    """Lists with an entry a layer, cut to one layer of each kind (two at least), and the number of layers to match."""
+    depths = {
+        name: default[name] for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if default.get(name)
+    }
+    lists = {
+        name: list(dict.fromkeys(values))
+        for name, values in default.items()
+        if isinstance(values, list) and len(values) in depths.values() and isinstance(values[0], (str, int, float))
+    }
+    kinds = [values for values in lists.values() if isinstance(values[0], str)]
+    layers = max([2, *map(len, kinds)])
+    cut = {name: [values[i % len(values)] for i in range(layers)] for name, values in lists.items()}
+    return cut | dict.fromkeys(depths, layers) if lists else {}
+
+
+def tiny_config(config_class: type, changes: dict | None = None) -> PretrainedConfig:
+    """A config of this class, and of its parts, with small sizes; `changes` win, {"text_config": {...}} for a part."""
+    default, changes = fields_of(config_class), dict(changes or {})
+    fields = {name: SMALL[name] for name in default if name in SMALL} | one_of_each_layer(default)
+    fields |= {name: 0.0 for name, value in default.items() if "drop" in name and isinstance(value, float)}
+    if "kv_lora_rank" in default and "num_key_value_heads" in fields:  # latent attention: as many as heads
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    special = [n for n in default if n.endswith(("_token_id", "_token_index")) and n not in SMALL]
+    fields |= {name: 99 - i for i, name in enumerate(special)}  # distinct, from the top of the vocabulary
+    for name, part in getattr(config_class, "sub_configs", {}).items():
+        kind = (default.get(name) or {}).get("model_type")
+        part = CONFIG_MAPPING[kind] if part.__name__ == "AutoConfig" and kind in CONFIG_MAPPING else part
+        if part.__name__ != "AutoConfig":
+            fields[name] = tiny_config(part, changes.pop(name, None)).to_dict()
+    return config_class(**fields | changes)
+
+
+# True exceptions: sizes that must divide, multiply or exclude one another.
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+TWO_KINDS = ["sliding_attention", "full_attention"]
+ZAMBA = {
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "num_hidden_layers": 4,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
+CHANGES: dict[str, dict] = {
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "blip": {"vision_config": {"hidden_size": 24}},  # narrower than the text's
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": TWO_KINDS,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in TWO_KINDS},
+    },
+    "cpmant": {"prompt_length": 3},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,  # 5.0 keeps keys and values that shared layers never call
+        "layer_types": TWO_KINDS,
+        "intermediate_size": [48] * 2,
+        "activation_sparsity_pattern": [0.0] * 2,
+        "vocab_size_per_layer_input": 100,
+    },
+    "gemma4": {"text_config": {"vocab_size_per_layer_input": 100}},
+    "gemma4_text": {"vocab_size_per_layer_input": 100},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "instructblip": {"qformer_config": {"vocab_size": 101}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "llama4": {
+        "vision_config": dict.fromkeys(["vision_output_dim", "projector_input_dim", "projector_output_dim"], 32)
+    },
+    "mamba2": {"num_heads": 8},
+    "mllama": {
+        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96},
+    },
+    "moshi": {"audio_encoder_config": {"codebook_size": 64}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 100,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "roc_bert": dict.fromkeys(["pronunciation_vocab_size", "shape_vocab_size"], 100)
+    | dict.fromkeys(["pronunciation_embed_dim", "shape_embed_dim"], 8),
+    "xmod": {"default_language": "en_XX"},
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA | {"num_mem_blocks": 1},
+    "zaya": {"num_experts_per_tok": 1},
+}
+for name in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"):
+    CHANGES[name] = {"text_config": {"rope_parameters": MROPE}}
+for name in ("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"):
+    CHANGES[name] = {"text_config": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}}}
+
+CAUSAL = """
+    llama mistral qwen2 qwen3 gemma2 gemma3_text gemma3n_text gpt2 gpt_neo gpt_neox gptj gpt_bigcode opt bloom falcon
+    mpt phi phi3 codegen stablelm olmo2 cohere2 glm4 starcoder2 smollm3 nanochat bert xglm marian openai-gpt
+    mixtral qwen2_moe qwen3_moe gpt_oss granitemoe llama4_text deepseek_v3 deepseek_v4 longcat_flash minicpm3
+    mamba mamba2 falcon_mamba rwkv jamba bamba falcon_h1 granitemoehybrid lfm2_moe qwen3_next qwen3_5_text nemotron_h
+    recurrent_gemma zamba zamba2 kimi_linear hrm_text
+""".split()
+VISION_LANGUAGE = """
+    llava qwen2_vl qwen2_5_vl qwen3_vl gemma3 paligemma idefics idefics2 idefics3 smolvlm internvl mllama blip llama4
+""".split()
+ENCODER_DECODER = ["t5", "bart"]
+AUTO = dict.fromkeys(VISION_LANGUAGE, AutoModelForImageTextToText) | dict.fromkeys(
+    ENCODER_DECODER, AutoModelForSeq2SeqLM
+)
+EVERY = pytest.mark.parametrize("model_type", [*CAUSAL, *VISION_LANGUAGE, *ENCODER_DECODER])
+
+
+@functools.cache
+def base_model(model_type: str) -> nn.Module:
+    config = tiny_config(CONFIG_MAPPING[model_type], CHANGES.get(model_type))
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "pad_token_id", None) is None:  # some older configs have no such field
+            part.pad_token_id = 0
+    torch.manual_seed(0)
+    model = AUTO.get(model_type, AutoModelForCausalLM).from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.any() and not name.endswith("bias"):  # a closed gate: nothing behind it would train
+                parameter.normal_(std=0.1)
+    return model
+
+
+def tiny_model(model_type: str) -> nn.Module:
+    """A tiny float32 model of this type in eval mode, always the same; skips the test if this transformers has none."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    return copy.deepcopy(unless_base_fails(lambda: base_model(model_type)))
+
+
+def unless_base_fails(run: Callable):
+    """What `run` gives; if it fails on the model without adapters, the test is skipped: that is not ours to test."""
+    try:
+        return run()
+    except Exception as error:
+        pytest.skip(f"fails without adapters: {error!r}"[:200])
+
+
+def text_inputs(model: nn.Module, tokens: int = 9) -> dict[str, Tensor]:
+    """Two sequences of random tokens as the model's keywords, and images if it does not work without."""
+    generator, parameters = torch.Generator().manual_seed(1), inspect.signature(model.forward).parameters
+    ids = torch.randint(3, 80, (2, tokens), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    needs_image = "pixel_values" in parameters and parameters["pixel_values"].default is inspect.Parameter.empty
+    if needs_image or model.config.model_type in ("idefics", "mllama"):  # mllama skips its cross-attention without
+        inputs |= image_inputs(model, tokens)
+    if model.config.model_type in ("gemma3", "paligemma"):  # needed in training: text, not image
+        inputs["token_type_ids"] = torch.full_like(ids, model.config.model_type == "paligemma")
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, 2:] + 1
+    return inputs
+
+
+def image_inputs(model: nn.Module, tokens: int) -> dict[str, Tensor]:
+    """Two random images of 16 x 16 pixels, cut into 4 x 4 patches, as this model's processor would give them."""
+    generator, kind = torch.Generator().manual_seed(3), model.config.model_type
+    if kind.startswith("qwen"):  # patches in a row, two frames each; 2 x 2 of them become one token
+        patches = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    pixels = torch.randn(2, 3, 16, 16, generator=generator)
+    if kind == "mllama":  # one image of one tile; the other tiles are padding
+        return {
+            "pixel_values": nn.functional.pad(pixels[:, None, None], (0,) * 6 + (0, 3)),
+            "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+            "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]] * 2),
+            "cross_attention_mask": torch.tensor([[[[1, 0, 0, 0]]] * tokens] * 2),
+        }
+    if kind == "idefics":
+        return {"pixel_values": pixels[:, None], "image_attention_mask": torch.ones(2, tokens, 1, dtype=torch.long)}
+    return {"pixel_values": pixels[:, None] if kind in ("idefics3", "smolvlm") else pixels}
+
+
+def image_and_text_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Twenty tokens, some of them an image's, for each of two sequences."""
+    inputs, kind = text_inputs(model, tokens=20), model.config.model_type
+    inputs["input_ids"][:, 2 : 2 + {"llava": 16, "paligemma": 16, "mllama": 1, "idefics": 0}.get(kind, 4)] = 90
+    is_image = (inputs["input_ids"] == 90).long()
+    inputs |= image_inputs(model, 20) | {"mm_token_type_ids": is_image, "token_type_ids": is_image}
+    if kind == "paligemma":
+        inputs["token_type_ids"] = torch.ones_like(is_image)  # all of it an answer, and causal
+    if not kind.startswith("qwen"):
+        del inputs["mm_token_type_ids"]
+    return {name: value for name, value in inputs.items() if name in inspect.signature(model.forward).parameters}
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**copy.deepcopy(inputs)).logits  # a copy: xglm up to 5.0 adds to its position_ids in place
+
+
+def generated_logits(model: nn.Module, inputs: dict[str, Tensor], **options) -> Tensor:
+    """Logits of four tokens decoded greedily."""
+    prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    options |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    if model.config.is_encoder_decoder:
+        options["decoder_start_token_id"] = 0
+    return torch.stack(model.generate(**prompt, **options, output_logits=True, return_dict_in_generate=True).logits)
+
+
+def adapted_tiny(model_type: str, **options) -> nn.Module:
+    """A tiny model whose adapters are away from the identity, as after training; all experts are used by default."""
+    model, generator = tiny_model(model_type), torch.Generator().manual_seed(2)
+    if "top_k" not in options:
+        apply_monkeyjump(model, **options, top_k=1)
+        options["top_k"] = max(len(t) for name, t in model.named_buffers() if name.endswith("monkeyjump.centers"))
+        remove_monkeyjump(model)
+    torch.manual_seed(0)
+    apply_monkeyjump(model, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def zoo_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)  # routers of some models draw noise in training
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs = inputs | {"use_cache": False}  # recurrent_gemma's keeps keys off the tape, up to 5.0
+    model(**inputs).logits.float().square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# ------------------------------------------------------------------------------------------------- every architecture
+
+
+@EVERY
+def test_on_every_architecture_all_blocks_of_the_language_model_are_found_and_no_others(model_type):
+    model = apply_monkeyjump(tiny_model(model_type), top_k=1)
+    found, config = router_statistics(model), model.config.get_text_config(decoder=True)
+    assert not [
+        name for name in found if any(part in name for part in ("vision", "visual", "audio", "qformer", "perceiver"))
+    ]
+    stacks = {"t5": 2, "bart": 2, "idefics": 2, "longcat_flash": 0.5}  # longcat counts the two attentions of a block
+    depth = 4 if model_type == "hrm_text" else config.num_hidden_layers * stacks.get(model_type, 1)
+    without_mixer = sum(kind in ("mlp", "moe") for kind in getattr(config, "layers_block_type", []))  # nemotron_h
+    assert len(found) == depth - without_mixer, sorted(found)
+
+
+@EVERY
+def test_on_every_architecture_new_adapters_change_nothing_and_go_without_a_trace(model_type):
+    model = tiny_model(model_type)
+    inputs, names = text_inputs(model), list(model.state_dict())
+    expected = unless_base_fails(lambda: logits_of(model, inputs))
+    apply_monkeyjump(model, top_k=1)
+    assert torch.equal(logits_of(model, inputs), expected)
+    remove_monkeyjump(model)
+    assert torch.equal(logits_of(model, inputs), expected)
+    assert list(model.state_dict()) == names
+
+
+@EVERY
+def test_on_every_architecture_all_adapters_train_and_nothing_else_does(model_type):
+    model = adapted_tiny(model_type).train()
+    inputs = text_inputs(model, tokens=16)
+    with disable_adapters(model):
+        unless_base_fails(lambda: model(**inputs))
+    found = zoo_gradients(model, inputs)
+    assert found.keys() == {name for name, _ in model.named_parameters() if "monkeyjump" in name}
+    for name, gradient in found.items():
+        assert gradient.isfinite().all() and gradient.any(), name
+    assert all(seen["count"] > 0 for seen in router_statistics(model).values())
+
+
+@EVERY
+@pytest.mark.parametrize("rep_mode", ["token", "last", "mean"])
+def test_on_every_architecture_padding_is_invisible(model_type, rep_mode):
+    model = adapted_tiny(model_type, rep_mode=rep_mode, top_k=1)
+    inputs = text_inputs(model)
+    side = (0, 3) if model.config.is_encoder_decoder else (3, 0)  # an encoder's on the right, a decoder's on the left
+    padded = {
+        name: nn.functional.pad(inputs[name], side)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+        if name in inputs
+    }
+    for name in {"cross_attention_mask", "image_attention_mask"} & inputs.keys():
+        padded[name] = nn.functional.pad(inputs[name], (0,) * 2 * (inputs[name].dim() - 2) + (3, 0))
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    padded, real = inputs | padded, slice(None if model.config.is_encoder_decoder else 3, None)
+    with disable_adapters(model):
+        base = unless_base_fails(lambda: logits_of(model, padded))[:, real]
+        if not torch.allclose(base, logits_of(model, inputs), atol=1e-5):
+            pytest.skip("sees padding without adapters, too")
+    torch.testing.assert_close(logits_of(model, padded)[:, real], logits_of(model, inputs), atol=1e-4, rtol=1e-4)
+
+
+@EVERY
+def test_on_every_architecture_decoding_with_a_cache_gives_what_decoding_without_it_gives(model_type):
+    model = adapted_tiny(model_type, top_k=1 if model_type == "jetmoe" else 2)  # which has one expert a block
+    inputs = text_inputs(model)
+    inputs["attention_mask"][0, :3] = 0
+    with disable_adapters(model):
+        cached = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=True))
+        uncached = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=False))
+        if not torch.allclose(cached, uncached, atol=1e-4):
+            pytest.skip("its cache changes its logits without adapters, too")
+    cached, uncached = (generated_logits(model, inputs, use_cache=use_cache) for use_cache in (True, False))
+    torch.testing.assert_close(cached, uncached, atol=1e-3, rtol=1e-3)
+
+
+@EVERY
+@pytest.mark.parametrize("rep_mode", ["last", "mean", "prompt_end"])
+def test_on_every_architecture_the_sequence_modes_generate_and_train(model_type, rep_mode):
+    model = adapted_tiny(model_type, rep_mode=rep_mode, top_k=1)
+    inputs = text_inputs(model)
+    with disable_adapters(model):
+        unless_base_fails(lambda: generated_logits(model, inputs))
+    assert generated_logits(model, inputs).isfinite().all()
+    found = zoo_gradients(model.train(), inputs)
+    assert found and all(gradient.isfinite().all() for gradient in found.values())
+
+
+@EVERY
+def test_on_every_architecture_a_saved_adapter_loads_into_a_fresh_model(model_type, tmp_path):
+    model = adapted_tiny(model_type)
+    inputs = text_inputs(model)
+    expected = unless_base_fails(lambda: logits_of(model, inputs))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits_of(load_adapter(tiny_model(model_type), tmp_path), inputs), expected)
+
+
+@EVERY
+def test_on_every_architecture_checkpointing_does_not_change_the_gradients(model_type, use_reentrant=False):
+    model = adapted_tiny(model_type, top_k=1).train()
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("does not support gradient checkpointing")
+    inputs = text_inputs(model)
+    with disable_adapters(model):
+        unless_base_fails(lambda: model(**inputs))
+    expected = zoo_gradients(model, inputs)
+    model = adapted_tiny(model_type, top_k=1).train()  # a fresh one: the first forward has left statistics
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    with disable_adapters(model):
+        unless_base_fails(lambda: model(**inputs))
+    for name, gradient in zoo_gradients(model, inputs).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda message, name=name: f"{name}: {message}")
+
+
+# ------------------------------------------------------------------------------------------- particular architectures
+
+
+@pytest.mark.parametrize("model_type", "llama gpt2 gemma2 bert t5 qwen3_moe deepseek_v4 jamba zamba2 mllama".split())
+def test_reentrant_checkpointing_does_not_change_the_gradients_either(model_type):
+    test_on_every_architecture_checkpointing_does_not_change_the_gradients(model_type, use_reentrant=True)
+
+
+VISION_BLOCKS = {
+    "llava": "CLIPEncoderLayer",
+    "gemma3": "SiglipEncoderLayer",
+    "qwen2_vl": "Qwen2VLVisionBlock",
+    "qwen2_5_vl": "Qwen2_5_VLVisionBlock",
+    "qwen3_vl": "Qwen3VLVisionBlock",
+    "mllama": "MllamaVisionEncoderLayer",
+    "idefics3": "Idefics3EncoderLayer",
+    "internvl": "InternVLVisionLayer",
+}
+
+
+@pytest.mark.parametrize("rep_mode", ["token", "mean"])
+@pytest.mark.parametrize("part", ["language", "vision"])
+@pytest.mark.parametrize("model_type", VISION_BLOCKS)
+def test_vision_language_models_train_on_images_in_whichever_part_is_named(model_type, part, rep_mode, tmp_path):
+    model = tiny_model(model_type)
+    inputs = image_and_text_inputs(model)
+    expected = unless_base_fails(lambda: logits_of(model, inputs))
+    count = sum(type(module).__name__ == VISION_BLOCKS[model_type] for module in model.modules())
+    blocks = (
+        {VISION_BLOCKS[model_type]: range(count - 1)} if part == "vision" else None
+    )  # llava leaves out the last one
+    apply_monkeyjump(model, blocks=blocks, top_k=1, rep_mode=rep_mode)
+    assert torch.equal(logits_of(model, inputs), expected)
+    model = adapted_tiny(model_type, blocks=blocks, rep_mode=rep_mode).train()
+    found = zoo_gradients(model, inputs)
+    assert found.keys() == {name for name, _ in model.named_parameters() if "monkeyjump" in name}
+    for name, gradient in found.items():
+        assert gradient.isfinite().all() and gradient.any(), name
+    expected = logits_of(model.eval(), inputs)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits_of(load_adapter(tiny_model(model_type), tmp_path), inputs), expected)
+
+
+@pytest.mark.parametrize("rep_mode", ["last", "mean", "prompt_end"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "gemma3_text", "gemma3", "mistral", "bart"])
+def test_a_static_cache_routes_a_padded_prompt_as_a_dynamic_cache_does(model_type, rep_mode):
+    model = adapted_tiny(model_type, rep_mode=rep_mode, top_k=1)
+    inputs = text_inputs(model)
+    inputs["attention_mask"][0, :4] = 0
+    dynamic = generated_logits(model, inputs)
+    with disable_adapters(model):
+        base = unless_base_fails(lambda: generated_logits(model, inputs, cache_implementation="static"))
+    static = generated_logits(model, inputs, cache_implementation="static")
+    torch.testing.assert_close(static, dynamic, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(static, base)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
+def test_of_a_mixture_of_experts_base_the_attention_is_adapted(model_type):
+    model = apply_monkeyjump(tiny_model(model_type))
+    for seen in router_statistics(model).values():
+        assert sorted(name.rpartition(".")[2] for name in seen["experts"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+
+
+def test_a_hybrid_adapts_each_kind_of_block_by_its_own_mixer():
+    found = router_statistics(apply_monkeyjump(tiny_model("jamba"))).values()
+    assert [sorted(name.partition(".")[0] for name in seen["experts"])[0] for seen in found] == ["mamba", "self_attn"]
+
+
+def test_blocks_with_fewer_experts_than_top_k_use_them_all_and_no_block_with_enough_is_an_error():
+    model = apply_monkeyjump(tiny_model("jamba"), top_k=4)  # attention: q, k, v, o; mamba: in_proj, x_proj, out_proj
+    assert logits_of(model, text_inputs(model)).isfinite().all()
+    with pytest.raises(ValueError, match="top_k=5"):
+        apply_monkeyjump(tiny_model("jamba"), top_k=5)
+
+
+class QuantisedLinear(nn.Module):
+    """What a quantised base layer looks like: packed 8-bit weights, and no float matrix to read."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().max() / 127
+        packed = (linear.weight / self.scale).round().to(torch.int8).view(torch.uint8).reshape(-1, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(torch.int8).reshape(self.out_features, self.in_features)
+        return nn.functional.linear(x, weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lorafa", "adalora", "propulsion"])
+def test_a_quantised_base_is_adapted_trained_and_saved(adapter, tmp_path):
+    def quantised() -> nn.Module:
+        model = tiny_model("llama").requires_grad_(False)
+        for block in model.model.layers:
+            for part in (block.self_attn, block.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, QuantisedLinear(linear))
+        return model
+
+    model = quantised()
+    inputs, expected = text_inputs(model), logits_of(model, text_inputs(model))
+    apply_monkeyjump(model, adapter=adapter, linears=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"], top_k=5)
+    assert torch.equal(logits_of(model, inputs), expected)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        found = zoo_gradients(model.train(), inputs)
+        optimizer.step()
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.uint8 for name, p in model.named_parameters() if name.endswith("q_proj.weight"))
+    trained = logits_of(model.eval(), inputs)
+    assert not torch.equal(trained, expected)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits_of(load_adapter(quantised(), tmp_path), inputs), trained)
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "prophetnet"])
+def test_families_whose_projections_cannot_be_matched_with_tokens_are_refused(model_type):
+    with pytest.raises(ValueError, match=model_type):
+        apply_monkeyjump(tiny_model(model_type))
+
+
+# ---------------------------------------------------------------------------------------- PEFT, TRL and custom adapters
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+IDS = torch.randint(3, 63, (2, 7), generator=torch.Generator().manual_seed(0))
+ROUTING = {"top_k": 2, "temperature": 0.1}
+
+
+def plain_llama(dtype=torch.float32, width=32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def peft_llama(config=None, model=None, shaken=True):
+    peft = pytest.importorskip("peft")
+    config = config or peft.LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION)
+    model = peft.get_peft_model(model or plain_llama(), config)
+    return shake(model).eval() if shaken else model.eval()
+
+
+def shake(model, seed=1):
+    """Away from the initial identity: noise on all that is trained."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def routed(model, **settings):
+    return apply_monkeyjump(copy.deepcopy(model), adapter="peft", **{**ROUTING, **settings})
+
+
+def logits(model, ids=IDS, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def gradients(model, ids=IDS, **kwargs):
+    model.zero_grad()
+    logits(model, ids, **kwargs).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def routed_slowly(model, like):
+    """The same model, routed by the definition: a second base product, softmax over all, then the top k of it."""
+    model, state = copy.deepcopy(model), monkeyjump._state(like)[1]
+    for path, router in state.routers.items():
+        gates = {}
+
+        def enter(block, args, kwargs, router=router, gates=gates):
+            hidden = (args[0] if args else kwargs["hidden_states"]).detach()
+            cosines = F.cosine_similarity(hidden[:, :, None], router.centers[None, None], dim=-1)
+            p = (cosines / state.config.temperature).softmax(dim=-1)
+            p = p * (p >= p.topk(state.config.top_k).values[..., -1:])
+            gates["now"] = p / p.sum(dim=-1, keepdim=True)
+
+        block = model.get_submodule(path)
+        block.register_forward_pre_hook(enter, with_kwargs=True)
+        for expert, name in enumerate(router.experts):
+            layer = block.get_submodule(name)
+
+            def forward(x, *args, layer=layer, expert=expert, gates=gates, **kwargs):
+                base, adapted = layer.get_base_layer()(x), type(layer).forward(layer, x, *args, **kwargs)
+                return base + gates["now"][..., expert, None].to(base) * (adapted - base)
+
+            layer.forward = forward
+    return model
+
+
+METHODS = {
+    "LoRA": ("LoraConfig", {"r": 4}),
+    "LoRA with bias": ("LoraConfig", {"r": 4, "lora_bias": True}),
+    "rsLoRA": ("LoraConfig", {"r": 4, "use_rslora": True}),
+    "DoRA": ("LoraConfig", {"r": 4, "use_dora": True}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 4, "total_step": 10}),
+    "VeRA": ("VeraConfig", {"r": 8}),
+    "IA3 attention": ("IA3Config", {"feedforward_modules": []}),
+    "IA3 feed-forward": (
+        "IA3Config",
+        {"target_modules": [*ATTENTION, "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "LoHa": ("LoHaConfig", {"r": 4}),
+    "LoKr": ("LoKrConfig", {"r": 4}),
+    "OFT": ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "DeLoRA": ("DeloraConfig", {"r": 4}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 50}),
+    "MiSS": ("MissConfig", {"r": 4}),
+    "RoAd": ("RoadConfig", {"group_size": 8}),
+    "C3A": ("C3AConfig", {"block_size": 8}),
+}
+
+
+def method(name):
+    peft = pytest.importorskip("peft")
+    config, settings = METHODS[name]
+    if not hasattr(peft, config):
+        pytest.skip(f"this PEFT has no {config}")
+    return getattr(peft, config)(**{"target_modules": ATTENTION, **settings})
+
+
+def test_routed_peft_lora_equals_our_own_lora():
+    ours = shake(apply_monkeyjump(plain_llama(), linears=ATTENTION, rank=4, alpha=8.0, **ROUTING)).eval()
+    theirs = apply_monkeyjump(peft_llama(), adapter="peft", linears=ATTENTION, **ROUTING)
+    state, weights = dict(ours.named_parameters()), {}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                weights[name] = name.removeprefix("base_model.model.").replace(".lora_", ".monkeyjump.lora_")
+                weights[name] = weights[name].removesuffix(".default.weight")
+                parameter.copy_(state[weights[name]])
+        for path, router in monkeyjump._state(ours)[1].routers.items():
+            theirs.get_submodule(f"base_model.model.{path}").monkeyjump.centers.copy_(router.centers)
+    assert len(weights) == 16
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-6, rtol=1e-5)
+    got, wanted = gradients(theirs), gradients(ours)
+    for name, own in weights.items():
+        torch.testing.assert_close(got[name], wanted[own], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_peft_method_is_base_plus_gate_times_difference(name):
+    model = peft_llama(method(name))
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    fast = routed(model)
+    assert {n: p.requires_grad for n, p in fast.named_parameters()} == flags  # none made, none frozen
+    slow = routed_slowly(model, fast)
+    assert (logits(fast) - logits(model)).abs().max() > 1e-3  # routing does something
+    assert_close(logits(fast), logits(slow))
+    got, wanted = gradients(fast), gradients(slow)
+    assert got.keys() == wanted.keys() and got
+    for n in got:
+        assert (got[n] - wanted[n]).norm() <= 1e-3 * wanted[n].norm() + 1e-6, n
+    with model.disable_adapter(), disable_adapters(fast):
+        assert torch.equal(logits(fast), logits(model))
+    with fast.disable_adapter(), model.disable_adapter():
+        assert torch.equal(logits(fast), logits(model))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3 feed-forward", "OFT"])
+def test_a_peft_adapter_that_is_an_identity_stays_one(name):
+    model = peft_llama(method(name), shaken=False)
+    with model.disable_adapter():
+        base = logits(model)
+    assert_close(logits(routed(model)), base)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3 feed-forward"])
+def test_shared_experts_of_peft_are_always_on(name):
+    model = peft_llama(method(name))
+    fast = routed(model, linears=["q_proj", "v_proj"], shared_expert="o_proj")
+    assert_close(logits(fast), logits(routed_slowly(model, fast)))
+
+
+def test_blocks_and_projections_without_peft_layers_are_left_alone():
+    peft = pytest.importorskip("peft")
+    model = peft_llama(peft.LoraConfig(r=4, target_modules=ATTENTION, layers_to_transform=[1]))
+    fast = routed(model)
+    assert [path[-1] for path in monkeyjump._state(fast)[1].routers] == ["1"]
+    assert_close(logits(fast), logits(routed_slowly(model, fast)))
+    with pytest.raises(ValueError, match="up_proj.*not in these blocks"):
+        routed(model, linears=["q_proj", "up_proj"])
+
+
+def test_adapter_peft_needs_unmerged_peft_layers():
+    with pytest.raises(ValueError, match="carry PEFT"):
+        apply_monkeyjump(plain_llama(), adapter="peft")
+    model = peft_llama()
+    with pytest.raises(ValueError, match="carry PEFT"):
+        apply_monkeyjump(model, adapter="lora")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        apply_monkeyjump(model, adapter="peft")
+
+
+def test_named_adapters_are_switched_as_in_peft():
+    peft = pytest.importorskip("peft")
+    model = peft_llama()
+    fast = routed(model)
+    first = logits(fast)
+    fast.add_adapter("second", peft.LoraConfig(r=2, target_modules=ATTENTION, use_rslora=True))  # after apply
+    assert torch.equal(logits(fast), first)
+    fast.set_adapter("second")
+    with torch.no_grad():
+        for name, parameter in fast.named_parameters():
+            if ".second." in name:
+                parameter.normal_(std=0.3)
+    plain = copy.deepcopy(fast)
+    remove_monkeyjump(plain)
+    assert_close(logits(fast), logits(routed_slowly(plain, fast)))
+    trained = {name for name, parameter in fast.named_parameters() if parameter.requires_grad}
+    assert trained and all(".second." in name for name in trained)
+    assert trained == {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    with fast.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(logits(fast), logits(plain))
+    second = logits(fast)
+    mixed = logits(fast, adapter_names=["default", "second"])
+    assert_close(mixed, torch.cat([first[:1], second[1:]]))
+    fast.base_model.set_adapter(["default", "second"])  # both at once
+    plain.base_model.set_adapter(["default", "second"])
+    assert_close(logits(fast), logits(routed_slowly(plain, fast)))
+    fast.set_adapter("default")
+    assert torch.equal(logits(fast), first)
+    fast.delete_adapter("second")
+    fast.add_adapter("second", peft.LoraConfig(r=2, target_modules=ATTENTION, use_dora=True))
+    fast.set_adapter("second")
+    shake(fast)
+    plain = remove_monkeyjump(copy.deepcopy(fast))
+    assert_close(logits(fast), logits(routed_slowly(plain, fast)))
+
+
+def test_disabling_covers_what_peft_adapted_outside_the_blocks():
+    peft = pytest.importorskip("peft")
+    base = plain_llama()
+    wanted = logits(base)
+    config = peft.LoraConfig(r=2, target_modules=[*ATTENTION, "embed_tokens"], modules_to_save=["lm_head"])
+    fast = routed(peft_llama(config, base))
+    assert (logits(fast) - wanted).abs().max() > 1e-3
+    flags = {name: p.requires_grad for name, p in fast.named_parameters()}
+    with disable_adapters(fast):
+        assert torch.equal(logits(fast), wanted)
+    assert {name: p.requires_grad for name, p in fast.named_parameters()} == flags
+    assert (logits(fast) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "AdaLoRA", "IA3 feed-forward"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_a_routed_peft_model_changes_nothing(name, reentrant):
+    plain = routed(peft_llama(method(name))).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed.enable_input_require_grads()
+    for step in range(3):
+        ids, other = IDS.roll(step, 1), IDS.roll(3 + step, 1)
+        wanted = gradients(plain, ids, use_cache=False)
+        checkpointed.zero_grad()
+        loss = logits(checkpointed, ids, use_cache=False).square().sum()
+        with torch.no_grad(), disable_adapters(checkpointed):
+            logits(checkpointed, other)
+        with torch.no_grad():
+            logits(checkpointed, other)
+        loss.backward()
+        got = {n: p.grad for n, p in checkpointed.named_parameters() if p.grad is not None}
+        for n in wanted:
+            torch.testing.assert_close(got[n], wanted[n])
+        for block in range(2):
+            path = f"base_model.model.model.layers.{block}"
+            a, b = (m.get_submodule(path).monkeyjump.centers for m in (plain, checkpointed))
+            torch.testing.assert_close(a, b)
+    layer = checkpointed.get_submodule("base_model.model.model.layers.1.self_attn.o_proj")
+    assert all(isinstance(scale, (int, float)) for scale in getattr(layer, "scaling", {}).values())
+
+
+@pytest.mark.parametrize("rep_mode", ["token", "last"])
+def test_a_routed_peft_model_generates_with_a_cache_what_it_does_without(rep_mode):
+    fast = routed(peft_llama(), rep_mode=rep_mode)
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = fast.generate(input_ids=IDS, use_cache=True, **kwargs)
+    if rep_mode == "token":
+        assert torch.equal(cached, fast.generate(input_ids=IDS, use_cache=False, **kwargs))
+    alone = fast.generate(input_ids=IDS[:1, 3:], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert torch.equal(cached[0, 3:], alone[0])
+
+
+def test_copies_of_a_routed_peft_model_are_independent():
+    fast = routed(peft_llama()).train()
+    gradients(fast)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        twin.eval(), fast.eval()
+        before = logits(fast)
+        assert torch.equal(logits(twin), before)
+        shake(twin)
+        with torch.no_grad():
+            for router in monkeyjump._state(twin)[1].routers.values():
+                router.centers.neg_()
+        assert torch.equal(logits(fast), before)
+        with pytest.raises(ValueError, match="cannot be merged"):
+            twin.merge_adapter()
+        remove_monkeyjump(twin)
+        twin.merge_adapter()
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IA3 feed-forward"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_peft_checkpoint_holds_its_router(tmp_path, name, is_trainable):
+    peft = pytest.importorskip("peft")
+    fast = routed(peft_llama(method(name)), shared_expert="o_proj", rep_mode="mean")
+    init_router_centers(fast, [IDS, IDS + 1], subset_size=4, kmeans_iters=2)
+    fast.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()} - {"README.md"}
+    files = {"adapter_model.safetensors", "adapter_config.json", "router_model.safetensors", "router_config.json"}
+    assert names == files
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
+    again = peft.PeftModel.from_pretrained(plain_llama(), tmp_path, is_trainable=is_trainable)
+    flags = {n: p.requires_grad for n, p in again.named_parameters()}
+    again = load_adapter(again, tmp_path).eval()
+    assert torch.equal(logits(again), logits(fast))
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == flags
+    assert any(flags.values()) == is_trainable
+    with torch.no_grad():
+        for router in monkeyjump._state(again)[1].routers.values():
+            router.centers.neg_()
+    assert not torch.equal(logits(again), logits(fast))
+    again.load_adapter(tmp_path, "default")  # as a Trainer resumes
+    assert torch.equal(logits(again), logits(fast))
+    centers = monkeyjump.monkeyjump_state_dict(again)
+    again.load_adapter(tmp_path, "other")  # one more adapter: the router stays
+    assert all(torch.equal(value, centers[n]) for n, value in monkeyjump.monkeyjump_state_dict(again).items())
+
+
+def test_a_trainer_resumes_a_routed_peft_model_with_its_router(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (16, 8))]
+
+    def train(directory, resume=None, steps=4):
+        args = TrainingArguments(
+            directory,
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=100,
+        )
+        trainer = Trainer(routed(peft_llama(shaken=False)), args, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = train(tmp_path / "whole")
+    assert (tmp_path / "whole" / "checkpoint-2" / "router_model.safetensors").is_file()
+    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    state = monkeyjump._state(whole)[1]
+    for path, router in state.routers.items():
+        drawn = monkeyjump._state(resumed)[1].routers[path].centers
+        assert F.cosine_similarity(drawn, router.centers).min() > 0.9  # of other seeds they would be anywhere
+    assert int(monkeyjump.monkeyjump_state_dict(resumed)["base_model.model.model.monkeyjump_forwards"]) == 4
+
+
+def test_merging_routed_adapters_is_refused_and_works_again_after_removal():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=[*ATTENTION, "embed_tokens"], modules_to_save=["lm_head"])
+    model = peft_llama(config)
+    wanted, fast = logits(model), routed(model, linears=["q_proj", "v_proj"], blocks={"LlamaDecoderLayer": [1]})
+    before, modules = logits(fast), list(fast.modules())
+    weights = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+    for merge in (fast.merge_and_unload, fast.merge_adapter, fast.unload, fast.base_model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged: gates differ from token to token"):
+            merge()
+    assert list(fast.modules()) == modules and torch.equal(logits(fast), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fast.state_dict().items())
+    remove_monkeyjump(fast)
+    assert fast.state_dict().keys() == model.state_dict().keys() and torch.equal(logits(fast), wanted)
+    assert {n: p.requires_grad for n, p in fast.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert "save_pretrained" not in fast.__dict__ and "merge_adapter" not in fast.base_model.__dict__
+    assert_close(logits(fast.merge_and_unload().eval()), wanted)
+
+
+def test_adapters_added_by_transformers_are_routed_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = plain_llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=ATTENTION))
+    model = shake(model).eval()
+    fast = routed(model)
+    assert_close(logits(fast), logits(routed_slowly(model, fast)))
+    fast.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "router_config.json").is_file()
+    again = plain_llama()
+    again.load_adapter(str(tmp_path))
+    assert_close(logits(load_adapter(again, tmp_path).eval()), logits(fast))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "VeRA", "IA3 feed-forward"])
+def test_a_bf16_base_and_autocast_serve_routed_peft(name):
+    model = peft_llama(method(name), plain_llama(torch.bfloat16))
+    fast = routed(model).train()
+    assert logits(fast).dtype == torch.bfloat16 and all(g.isfinite().all() for g in gradients(fast).values())
+    slow = routed_slowly(model, fast)
+    torch.testing.assert_close(logits(fast.eval()), logits(slow), atol=0.05, rtol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # over a float32 base, as Trainer(bf16=True) does
+        fast = routed(peft_llama(method(name))).train()
+        assert all(g.isfinite().all() for g in gradients(fast).values())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_lora_over_a_quantised_base_is_routed(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = plain_llama(torch.bfloat16, width=64)
+    for block in model.model.layers:
+        for name in ATTENTION:
+            old = getattr(block.self_attn, name)
+            kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+            kwargs = {"has_fp16_weights": False} if bits == 8 else {"compute_dtype": torch.bfloat16}
+            new = kind(old.in_features, old.out_features, bias=False, **kwargs)
+            new.load_state_dict(old.state_dict())
+            setattr(block.self_attn, name, new.to("cpu"))
+    setattr(model, "is_loaded_in_8bit" if bits == 8 else "is_loaded_in_4bit", True)
+    model = peft_llama(model=model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert type(layer).__name__ in ("Linear8bitLt", "Linear4bit") and "bnb" in type(layer).__module__
+    fast = routed(model)
+    slow = routed_slowly(model, fast)
+    torch.testing.assert_close(logits(fast), logits(slow), atol=0.03, rtol=0.03)
+    got, wanted = gradients(fast), gradients(slow)
+    for name in wanted:
+        assert (got[name] - wanted[name]).norm() <= 0.1 * wanted[name].norm(), name
+
+
+class Bottleneck(Adapter):
+    """Houlsby et al. 2019, beside the projection: delta(x) = U relu(D x)."""
 
     def __init__(self, in_features, out_features, config, device):
         super().__init__(in_features, out_features, config, device)
-        self.down = nn.Linear(in_features, config.rank, device=device)
-        self.up = nn.Linear(config.rank, out_features, device=device)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.down = nn.Parameter(torch.randn(config.rank, in_features, device=device) / in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
 
     def delta(self, x, base):
-        return self.up(F.gelu(self.down(x)))
+        return F.linear(F.relu(F.linear(self.dropout(x), self.down.to(x.dtype))), self.up.to(x.dtype))
 
 
-def test_a_users_adapter_routes_trains_saves_and_loads(tmp_path):
-    base, ids = tiny_llama(), batch()
-    model = apply_monkeyjump(copy.deepcopy(base), adapter=Bottleneck)
-    assert torch.equal(model(ids).logits, base(ids).logits)
-    train(model, [ids] * 3)
-    save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(tiny_llama(), tmp_path)(ids).logits, model.eval()(ids).logits)
-    assert (model(ids).logits - base(ids).logits).abs().max() > 1e-4
-    del mj.ADAPTERS["Bottleneck"]
-    with pytest.raises(ValueError, match="adapter='Bottleneck': must be one of lora"):
-        load_adapter(tiny_llama(), tmp_path)
+def test_a_users_own_adapter_is_routed_saved_and_loaded(tmp_path):
+    base = plain_llama().eval()
+    model = apply_monkeyjump(plain_llama(), adapter=Bottleneck, rank=3, **ROUTING)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 16 and all(name.endswith((".monkeyjump.down", ".monkeyjump.up")) for name in trained)
+    assert torch.equal(logits(model.eval()), logits(base))
+    shake(model)
+    gradients(model.train())
+    save_adapter(model.eval(), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["adapter"] == "Bottleneck"
+    assert torch.equal(logits(load_adapter(plain_llama().eval(), tmp_path)), logits(model))
+    del ADAPTERS["Bottleneck"]  # another process
+    with pytest.raises(ValueError, match="Bottleneck"):
+        load_adapter(plain_llama(), tmp_path)
+    ADAPTERS["Bottleneck"] = Bottleneck
+    load_adapter(plain_llama(), tmp_path)
+    half = shake(apply_monkeyjump(plain_llama(torch.bfloat16), adapter="Bottleneck", rank=3, **ROUTING)).train()
+    assert logits(half).dtype == torch.bfloat16 and all(g.isfinite().all() for g in gradients(half).values())
+    with disable_adapters(model):
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(remove_monkeyjump(model)), logits(base))
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def text(count, length, seed):
+    words = torch.randint(0, 60, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [" ".join(f"w{i}" for i in row) for row in words]
+
+
+def adapted_for_trl(kind):
+    """Our own adapters, or PEFT's, routed by sequence so that the concatenated halves of a batch must not mix."""
+    settings = {**ROUTING, "rep_mode": "prompt_end"}
+    if kind == "peft":
+        return routed(peft_llama(shaken=False), **settings).train()
+    return apply_monkeyjump(plain_llama(), adapter=kind, **settings).train()
+
+
+def trl_arguments(config, directory, **settings):
+    return config(
+        output_dir=str(directory),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_length=16,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        **settings,
+    )
+
+
+def assert_trained(model, before):
+    state, after = monkeyjump._state(model)[1], model.state_dict()
+    changed = {name for name, tensor in after.items() if name in before and not torch.equal(tensor, before[name])}
+    assert any("lora_B" in name for name in changed) and any(name.endswith("centers") for name in changed)
+    assert all("lora_" in name or "monkeyjump" in name for name in changed)  # the base has not moved
+    assert all(int(stack.owner.monkeyjump_forwards) == 3 for stack in state.stacks)  # a reference pass does not count
+
+
+@pytest.mark.parametrize("kind", ["lora", "peft"])
+def test_trl_sft_trains_it_with_checkpointing(tmp_path, kind):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    model = adapted_for_trl(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pairs = zip(text(8, 4, 0), text(8, 5, 1), strict=True)
+    data = datasets.Dataset.from_list([{"prompt": p, "completion": f" {c}"} for p, c in pairs])
+    args = trl_arguments(trl.SFTConfig, tmp_path)
+    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert_trained(model, before)
+    trainer.save_model()
+    assert (tmp_path / "router_model.safetensors").is_file() == (kind == "peft")
+
+
+@pytest.mark.parametrize("kind", ["lora", "peft", "peft, made by TRL"])
+def test_trl_dpo_takes_its_reference_from_the_base_model(tmp_path, kind):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = zip(text(8, 4, 0), text(8, 5, 1), text(8, 6, 2), strict=True)
+    data = datasets.Dataset.from_list([{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in rows])
+    # TRL takes the reference of a PeftModel from its disabled or initial adapters, and of any other model from a
+    # second copy, unless the reference is computed before training: by our model, whose adapters are identities then.
+    args = trl_arguments(trl.DPOConfig, tmp_path, precompute_ref_log_probs=kind == "lora")
+    if kind == "peft, made by TRL":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=ATTENTION)
+        trainer = trl.DPOTrainer(
+            plain_llama(), args=args, train_dataset=data, processing_class=tiny_tokenizer(), peft_config=config
+        )
+        apply_monkeyjump(trainer.model, adapter="peft", rep_mode="prompt_end", **ROUTING)
+    else:
+        trainer = trl.DPOTrainer(
+            adapted_for_trl(kind), args=args, train_dataset=data, processing_class=tiny_tokenizer()
+        )
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    batch = next(iter(trainer.get_train_dataloader()))
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    base = plain_llama()
+    with torch.no_grad():
+        wanted = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    wanted = wanted[:, :-1].gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    wanted = (wanted * (batch["completion_mask"][:, 1:] != 0)).sum(dim=1)
+    torch.testing.assert_close(torch.cat([chosen, rejected]), wanted, atol=1e-4, rtol=1e-4)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) != losses[-1]  # log 2 at first: policy = reference
+    assert_trained(trainer.model, before)
+
+
+# ----------------------------------------------------------------------------------------------------- train_example.py
+
+# ------------------------------------------------------------------------------------------------ train_example.py
+
+QUICK = ["--use_cpu", "--per_device_train_batch_size", "4", "--learning_rate", "0.01", "--kmeans_samples", "64"]
+LETTERS = "abcdefgh"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer in base/, and rows of two tasks in rows.jsonl."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_example.byte_level_tokenizer()
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    rows = [{"task": "up", "prompt": f"up {c}{d}:", "answer": c.upper()} for c in LETTERS for d in LETTERS[:4]]
+    rows += [{"task": "yes", "prompt": f"is {c} it:", "answer": "yes", "choices": ["yes", "no"]} for c in LETTERS]
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(
+    *arguments: object, program: Path = HERE / "train_example.py", processes: int = 1
+) -> tuple[list[str], dict]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(program), *map(str, arguments)], environment
+
+
+def run(*arguments: object, **keywords: object) -> subprocess.CompletedProcess[str]:
+    line, environment = command(*arguments, **keywords)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(folder: Path) -> dict[int, float]:
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_example_trains_text_logs_routing_and_checkpoints_adapters_only(tiny: Path, tmp_path: Path) -> None:
+    """One process with all of a text run: accuracy before and after, router flags, the table, the path last."""
+    out = tmp_path / "out"
+    done = run(
+        "--model",
+        tiny / "base",
+        "--dataset",
+        tiny / "rows.jsonl",
+        "--output_dir",
+        out,
+        "--eval_accuracy",
+        "--held_back",
+        0.2,
+        "--max_steps",
+        30,
+        "--logging_steps",
+        10,
+        "--save_steps",
+        15,
+        "--jitter_noise",
+        0.1,
+        "--temperature",
+        0.5,
+        "--ema_momentum",
+        0.8,
+        "--top_k",
+        2,
+        "--rep_mode",
+        "prompt_end",
+        "--update_every",
+        2,
+        "--update_until",
+        20,
+        "--linears",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "--shared_expert",
+        "up_proj",
+        "--max_length",
+        32,
+        "--max_new_tokens",
+        4,
+        *QUICK,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str(out)
+    assert any(line.startswith("loss") and "before" in line and "after" in line for line in lines)
+    assert {line.split()[0] for line in lines if "before" in line} == {"loss", "accuracy", "up", "yes"}
+    before, after = next(line.split()[2::2] for line in lines if line.startswith("loss"))
+    assert float(after) < float(before)
+    assert "q_proj" in done.stdout and "model.layers.1" in done.stdout
+    checkpoint = out / "checkpoint-30"
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 300_000
+    assert all(".monkeyjump." in name or "monkeyjump" in name for name in load_file(checkpoint / "model.safetensors"))
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert all("router_entropy" in entry for entry in history if "loss" in entry)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["rep_mode"] == "prompt_end" and config["temperature"] == 0.5 and config["update_until"] == 20
+
+
+def test_example_continues_after_a_kill_with_the_losses_of_an_uninterrupted_run(tiny: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model",
+        tiny / "base",
+        "--dataset",
+        tiny / "rows.jsonl",
+        "--held_back",
+        0,
+        "--max_steps",
+        40,
+        "--logging_steps",
+        5,
+        "--save_steps",
+        5,
+        "--adapter",
+        "adalora",
+        *QUICK,
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_example.main([str(flag) for flag in [*flags, "--output_dir", whole]])
+    line, environment = command(*flags, "--output_dir", killed)
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoint-10" / "adapter_model.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "checkpoint-40").exists()
+    train_example.main([str(f) for f in [*flags, "--output_dir", killed, "--resume_from_checkpoint", "last"]])
+    expected, found = losses(whole), losses(killed)
+    assert expected.keys() == found.keys()
+    newest = tmp_path / "killed" / "checkpoint-40" / "trainer_state.json"
+    newest.write_text(newest.read_text()[:100])  # as if killed while writing it
+    assert train_example.last_checkpoint(str(killed)).endswith("checkpoint-35")
+    assert all(abs(expected[step] - found[step]) < 1e-4 for step in expected), (expected, found)
+
+
+def test_example_evaluates_and_generates_with_a_saved_adapter(tiny: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, ["question", "reply"])
+        table.writeheader()
+        table.writerows([{"question": row["prompt"], "reply": row["answer"]} for row in rows if row["task"] == "yes"])
+    train_example.main(
+        [
+            str(f)
+            for f in (
+                "--model",
+                tiny / "base",
+                "--dataset",
+                tmp_path / "rows.csv",
+                "--prompt_column",
+                "question",
+                "--answer_column",
+                "reply",
+                "--held_back",
+                0,
+                "--output_dir",
+                out,
+                "--max_steps",
+                30,
+                "--save_strategy",
+                "no",
+                "--bf16",
+                "--gradient_checkpointing",
+                *QUICK,
+            )
+        ]
+    )
+    base = ["--model", tiny / "base", "--adapter_path", out]
+    capsys.readouterr()
+    train_example.main([str(flag) for flag in [*base, "--generate", "is c it:", "--max_new_tokens", 8, "--use_cpu"]])
+    assert capsys.readouterr().out.strip() == "yes"
+    train_example.main(
+        [
+            str(flag)
+            for flag in [
+                *base,
+                "--dataset",
+                tiny / "rows.jsonl",
+                "--eval_only",
+                "--eval_accuracy",
+                "--eval_split",
+                "train[-8:]",
+                *QUICK,
+            ]
+        ]
+    )
+    accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
+    assert accuracy.split()[-1] == "1.0000"
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_example_trains_compiled_on_plain_text_from_parquet(tiny: Path, tmp_path: Path) -> None:
+    import pandas
+
+    pandas.DataFrame({"body": ["one two three four", "", "five six seven"] * 8}).to_parquet(tmp_path / "rows.parquet")
+    train_example.main(
+        [
+            str(flag)
+            for flag in (
+                "--model",
+                tiny / "base",
+                "--dataset",
+                tmp_path / "rows.parquet",
+                "--text_column",
+                "body",
+                "--output_dir",
+                tmp_path / "out",
+                "--max_steps",
+                4,
+                "--held_back",
+                0,
+                "--torch_compile",
+                "--torch_compile_backend",
+                "aot_eager",
+                *QUICK,
+            )
+        ]
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+WRONG = {
+    "no data": (["--dataset", ""], "--dataset is missing"),
+    "another adapter's checkpoint": (["--resume_from_checkpoint", "{tmp}/taken"], "adapter_model.safetensors"),
+    "unknown adapter": (["--adapter", "dora"], "invalid choice: 'dora'"),
+    "unknown mode": (["--rep_mode", "first"], "invalid choice: 'first'"),
+    "unknown flag": (["--lerning_rate", "1"], "--lerning_rate"),
+    "missing file": (["--dataset", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
+    "missing model": (["--model", "{tmp}/none.gguf"], "none.gguf: no such file"),
+    "no answer column": (["--answer_column", "reply"], "no column 'reply'"),
+    "no answers": (["--dataset", "{tmp}/empty.jsonl"], "row 0 has no answer"),
+    "images for a text model": (["--dataset", "{tmp}/images.jsonl"], "text-only model"),
+    "too many experts": (["--top_k", "9"], "top_k=9"),
+    "no such projection": (["--linears", "c_attn"], "c_attn"),
+    "another run's folder": (["--output_dir", "{tmp}/taken"], "--overwrite_output_dir"),
+    "too long everywhere": (["--max_length", "3"], "--max_length is 3"),
+    "nothing to resume": (["--resume_from_checkpoint", "last"], "no complete checkpoint"),
+    "broken JSON": (["--dataset", "{tmp}/broken.jsonl"], "JSON"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_example_refuses_wrong_use_in_one_line_and_writes_nothing(case: str, tiny: Path, tmp_path: Path, capfd) -> None:
+    write_rows(tmp_path / "empty.jsonl", [{"prompt": "a", "answer": ""}, {"prompt": "b", "answer": None}])
+    write_rows(tmp_path / "images.jsonl", [{"prompt": "a", "answer": "b", "image": "c.png"}])
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "adapter_config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    flags, expected = WRONG[case]
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    base = ["--model", str(tiny / "base"), "--dataset", str(tiny / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_example.main([*base, *flags, "--use_cpu"])
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("train_example.py: error: ") and expected in error, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="session")
+def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with its processor in base/, and rows about pictures of one color in rows.jsonl."""
+    import transformers
+    from PIL import Image
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    folder = tmp_path_factory.mktemp("vision")
+    tokenizer = train_example.byte_level_tokenizer("<image>")
+    without_torchvision = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    pictures = without_torchvision(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(
+        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    eyes = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=eyes, text_config=text, image_token_index=image_token, image_token_id=image_token)
+    ).save_pretrained(folder / "base")
+    rows = []
+    for i in range(48):
+        color = ("red", "blue")[i % 2]
+        Image.new("RGB", (20, 20), color).save(folder / f"{i}.png")
+        question = {"type": "text", "text": "color?"}
+        rows.append({"prompt": "color?", "answer": color, "image": f"{i}.png", "messages": None})
+        if i >= 24:
+            asked = {"role": "user", "content": [{"type": "image", "image": f"{i}.png"}, question]}
+            rows[-1]["messages"] = [asked, {"role": "assistant", "content": [{"type": "text", "text": color}]}]
+    write_rows(folder / "rows.jsonl", [*rows, {"prompt": "color?", "answer": "red", "image": "gone.png"}])
+    return folder
+
+
+def test_example_trains_a_vision_language_model_on_images(tiny_vision: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    train_example.main(
+        [
+            str(flag)
+            for flag in (
+                "--model",
+                tiny_vision / "base",
+                "--dataset",
+                tiny_vision / "rows.jsonl",
+                "--output_dir",
+                out,
+                "--max_steps",
+                60,
+                "--logging_steps",
+                10,
+                "--held_back",
+                12,
+                "--eval_accuracy",
+                "--max_new_tokens",
+                6,
+                "--save_strategy",
+                "no",
+                *QUICK,
+                "--per_device_train_batch_size",
+                "8",
+            )
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "1 of 49 rows left out" in printed and "gone.png" in printed
+    before, after = next(line.split()[2::2] for line in printed.splitlines() if line.startswith("loss"))
+    assert float(after) < 0.5 * float(before)
+    assert float(next(line.split()[-1] for line in printed.splitlines() if line.startswith("accuracy"))) == 1.0
+    assert "'red', right is 'red'" in printed and (out / "adapter_model.safetensors").exists()
+
+
+def test_example_never_trains_on_prompts_or_image_placeholders(tiny: Path, tiny_vision: Path) -> None:
+    from transformers import AutoProcessor
+
+    options = train_example.Options(model="tiny", dataset=str(tiny_vision / "rows.jsonl"))
+    chat = train_example.Chat(AutoProcessor.from_pretrained(tiny_vision / "base"), True, options)
+    rows = [{"prompt": "color?", "answer": answer, "image": "0.png"} for answer in ("red", "bluish")]
+    batch = chat([{**row, **chat.measure(row)} for row in rows])
+    for labels, row in zip(batch["labels"], rows, strict=True):
+        assert chat.tokenizer.decode(labels[labels != -100]).strip() == f"{row['answer']}</s>"
+    assert (batch["input_ids"] == chat.tokenizer.convert_tokens_to_ids("<image>")).sum() == 8
+
+    chat = train_example.Chat(train_example.byte_level_tokenizer(), False, train_example.Options(max_length=8))
+    rows = [{"messages": [{"role": "user", "content": "a long question"}, {"role": "assistant", "content": "yes"}]}]
+    batch = chat([{**row, **chat.measure(row)} for row in rows])
+    assert chat.tokenizer.decode(batch["input_ids"][0]) == "ion yes</s>"[-(8 + 3) :]
+    assert chat.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == " yes</s>"
+
+
+# Accelerate shards on accelerators only, though gloo can; this makes it take two CPU processes for such.
+FSDP_ON_CPU = """
+import accelerate.state as state
+import train_example
+
+initialise = state.PartialState.__init__
+def pretend(self, *arguments, **keywords):
+    initialise(self, *arguments, **keywords)
+    if self.distributed_type == state.DistributedType.MULTI_CPU:
+        self.distributed_type = state.DistributedType.MULTI_GPU
+state.PartialState.__init__ = pretend
+train_example.main()
+"""
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_example_runs_on_two_processes(sharded: bool, tiny: Path, tmp_path: Path) -> None:
+    out, flags, program = tmp_path / "out", [], HERE / "train_example.py"
+    if sharded:
+        program, config = tmp_path / "fsdp_on_cpu.py", tmp_path / "fsdp.json"
+        program.write_text(FSDP_ON_CPU)
+        config.write_text(json.dumps({"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
+        flags = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", config]
+    done = run(
+        "--model",
+        tiny / "base",
+        "--dataset",
+        tiny / "rows.jsonl",
+        "--output_dir",
+        out,
+        "--eval_accuracy",
+        "--held_back",
+        9,
+        "--max_steps",
+        20,
+        "--logging_steps",
+        10,
+        "--save_steps",
+        10,
+        "--max_new_tokens",
+        4,
+        "--ddp_backend",
+        "gloo",
+        *flags,
+        *QUICK,
+        program=program,
+        processes=2,
+    )
+    assert done.stdout.splitlines()[-1] == str(out)
+    assert (out / "checkpoint-20" / "pytorch_model_fsdp.bin").exists() == sharded
+    history = losses(out)
+    assert history[20] < history[10]
+    model = LlamaForCausalLM.from_pretrained(tiny / "base")
+    train_example.mj.load_adapter(model, out)
+    assert all(t.abs().sum() > 0 for n, t in train_example.mj.monkeyjump_state_dict(model).items() if "lora_B" in n)
+
+
+def test_example_demonstration_makes_its_own_base_model_and_data(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(train_example, "BASE_STEPS", 10)
+    out = tmp_path / "demonstration"
+    flags = [
+        "--output_dir",
+        out,
+        "--max_steps",
+        6,
+        "--held_back",
+        8,
+        "--logging_steps",
+        3,
+        "--max_new_tokens",
+        4,
+        "--use_cpu",
+    ]
+    train_example.main([str(flag) for flag in flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(out) and sum(" -> " in line for line in lines) == 4
+    assert {"loss", "accuracy", "first", "second", "head", "double"} <= {line.split()[0] for line in lines if line}
+    assert {path.name for path in out.iterdir()} >= {"base", "rows.jsonl", "adapter_model.safetensors"}
+
+
+def test_example_trains_over_a_four_bit_base(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    train_example.main(
+        [
+            str(flag)
+            for flag in (
+                "--model",
+                tiny / "base",
+                "--dataset",
+                tiny / "rows.jsonl",
+                "--held_back",
+                0,
+                "--load_in_4bit",
+                "--output_dir",
+                tmp_path / "out",
+                "--max_steps",
+                2,
+                "--save_strategy",
+                "no",
+                *QUICK,
+            )
+        ]
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_example_reads_a_data_set_from_disk_with_an_image_column(tiny_vision: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [str(tiny_vision / f"{i}.png") for i in range(8)],
+            "prompt": ["color?"] * 8,
+            "answer": ["red", "blue"] * 4,
+        },
+        features=datasets.Features(
+            image=datasets.Image(), prompt=datasets.Value("string"), answer=datasets.Value("string")
+        ),
+    )
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
+    train_example.main(
+        [
+            str(flag)
+            for flag in (
+                "--model",
+                tiny_vision / "base",
+                "--dataset",
+                tmp_path / "data",
+                "--held_back",
+                0,
+                "--output_dir",
+                tmp_path / "out",
+                "--max_steps",
+                2,
+                "--save_strategy",
+                "no",
+                "--bf16",
+                "--max_length",
+                40,
+                *QUICK,
+            )
+        ]
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- the repository

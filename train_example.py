@@ -33,7 +33,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -293,6 +293,10 @@ ROUTER_LOGS: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
+def routers(model: torch.nn.Module) -> dict[str, mj.Router]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, mj.Router)}
+
+
 class MonkeyJumpTrainer(Trainer):
     """The Trainer, whose checkpoints hold the adapters alone and whose logs tell how tokens are routed."""
 
@@ -320,18 +324,26 @@ class MonkeyJumpTrainer(Trainer):
         if self.args.should_save:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, Path(directory, "model.safetensors"), metadata={"format": "pt"})
+        pending = {name: router.statistics.cpu() for name, router in routers(self.model).items()}
+        save_file(pending, Path(directory, f"statistics-{self.args.process_index}.safetensors"))
 
 
-class RankAllocation(transformers.TrainerCallback):
-    """AdaLoRA's schedule: a tenth of the steps at full rank, pruning, then three tenths with the choice fixed."""
+class MonkeyJumpCallback(transformers.TrainerCallback):
+    """Exact resuming, and AdaLoRA's schedule: a tenth of the steps at full rank, the last three tenths fixed."""
 
-    def __init__(self, target_rank: float) -> None:
+    def __init__(self, target_rank: float | None) -> None:
         self.target_rank = target_rank
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        saved = Path(args.resume_from_checkpoint or "", f"statistics-{args.process_index}.safetensors")
+        for name, statistics in (load_file(saved) if saved.is_file() else {}).items():  # of the last step before
+            model.get_submodule(name).statistics.copy_(statistics)
+
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        total = state.max_steps
-        mj.allocate_ranks(model, state.global_step + 1, total, target_rank=self.target_rank, initial_steps=total // 10,
-                          final_steps=3 * total // 10)  # fmt: skip
+        if self.target_rank:
+            first, last = state.max_steps // 10, 3 * state.max_steps // 10
+            mj.allocate_ranks(model, state.global_step + 1, state.max_steps, target_rank=self.target_rank,
+                              initial_steps=first, final_steps=last)  # fmt: skip
 
 
 @torch.no_grad()
@@ -551,9 +563,9 @@ def main(argv: list[str] | None = None) -> None:
     if PartialState().is_main_process:
         mj.print_trainable_parameters(model)
     trainer = MonkeyJumpTrainer(model, training, data_collator=chat, train_dataset=train_rows, eval_dataset=eval_rows)
-    if any(name.endswith("lora_E") for name, _ in model.named_parameters()):
-        trainer.orthogonal_weight = options.orthogonal_weight
-        trainer.add_callback(RankAllocation(options.target_rank))
+    adalora = any(name.endswith("lora_E") for name, _ in model.named_parameters())
+    trainer.orthogonal_weight = options.orthogonal_weight if adalora else 0.0
+    trainer.add_callback(MonkeyJumpCallback(options.target_rank if adalora else None))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     results: dict[str, dict[str, float]] = {}
 

@@ -135,6 +135,12 @@ def main() -> None:
     centers = {name: mj.unit(router.centers).cpu() for name, router in routers.items()}
     assigned = {name: (x @ centers[name].T).argmax(dim=-1) for name, x in representations.items()}
     experts = [path.rpartition(".")[2] for path in next(iter(routers.values())).experts]
+    by_block = torch.stack([shares(a, len(experts)) for a in assigned.values()])
+    least = by_block.amin(dim=1)
+    print(
+        f"share of the least used expert of a block: mean {least.mean():.3f}, lowest {least.min():.3f}; "
+        f"experts under 5 %: {(by_block < 0.05).sum()} of {by_block.numel()}"
+    )
     out, names = Path(args.out), list(representations)
     draw_routing(assigned, tasks, experts, out / "routing.png")
     shown = [(f"block {i}", names[i]) for i in args.blocks if i < len(names)]

@@ -355,13 +355,13 @@ def best_rate(results: list[dict], method: str) -> float | None:
     return min(tried, key=lambda r: r["nll"])["lr"] if tried else None
 
 
-def report(results: list[dict], baseline: str = "lora", split: str = "test") -> str:
-    """The markdown table: mean over seeds ± their standard deviation, and the paired difference to the baseline with
-    two standard errors, over seeds and over test rows."""
-    groups: dict[str, dict[int, dict]] = {}
+def report(results: list[dict], split: str, baseline: str = "lora") -> str:
+    """The markdown table: mean over seeds ± their standard deviation, and the paired difference to the baseline (at its
+    best rate) with two standard errors, over seeds and over rows."""
+    groups: dict[tuple[str, float], dict[int, dict]] = {}
     for r in results:
         if r["split"] == split:
-            groups.setdefault(r["method"], {})[r["seed"]] = r
+            groups.setdefault((r["method"], r["lr"]), {})[r["seed"]] = r
     if not groups:
         return f"no results on the {split} split"
     tasks = list(next(iter(next(iter(groups.values())).values()))["accuracy"])
@@ -370,14 +370,15 @@ def report(results: list[dict], baseline: str = "lora", split: str = "test") -> 
         "| nll | s/step | seeds |",
         "|---" * (8 + len(tasks)) + "|",
     ]
-    base = groups.get(baseline, {})
-    for method, runs in groups.items():
+    bases = [runs for (method, _), runs in groups.items() if method == baseline]
+    base = min(bases, key=lambda runs: statistics.mean(r["nll"] for r in runs.values()), default={})
+    for (method, lr), runs in groups.items():
         means = [r["mean"] for r in runs.values()]
         columns = [statistics.mean(r["accuracy"][t] for r in runs.values()) for t in tasks]
         spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
         shared = [s for s in runs if s in base]
         difference = "–"
-        if shared and method != baseline:
+        if shared and runs is not base:
             d = [runs[s]["mean"] - base[s]["mean"] for s in shared]
             over_seeds = f"{statistics.stdev(d) / math.sqrt(len(d)):.1f}" if len(d) > 1 else "–"
             pairs = zip(*(zip(runs[s]["correct"], base[s]["correct"], strict=True) for s in shared), strict=True)
@@ -388,7 +389,7 @@ def report(results: list[dict], baseline: str = "lora", split: str = "test") -> 
         nll = statistics.mean(r["nll"] for r in runs.values())
         seconds = statistics.median(r["step_seconds"] for r in runs.values())
         lines.append(
-            f"| {method} | {first['lr']:g} | {first['parameters']:,} | {' | '.join(f'{c:.1f}' for c in columns)} "
+            f"| {method} | {lr:g} | {first['parameters']:,} | {' | '.join(f'{c:.1f}' for c in columns)} "
             f"| {statistics.mean(means):.1f}{spread} | {difference} | {nll:.3f} | {seconds:.2f} | {len(runs)} |"
         )
     return "\n".join(lines)
@@ -414,11 +415,11 @@ def main() -> None:
     parser.add_argument("--upper", type=int, help="adapt only the last blocks, so many; 0: all (the size's)")
     parser.add_argument("--test_rows", type=int, default=1000, help="rows a task to evaluate on")
     parser.add_argument("--heldback", type=int, default=100, help="training rows a task kept for the search")
-    parser.add_argument("--report", action="store_true", help="print the table of --out and stop")
+    parser.add_argument("--report", action="store_true", help="print the tables of --out and stop")
     args = parser.parse_args()
     if args.report:
-        results = read_results(args.out)
-        print(report(results))
+        for split in ("test", "heldback"):
+            print(f"{split} rows\n\n{report(read_results(args.out), split=split)}\n")
         return
     if not args.model or not args.data:
         parser.error("--model and --data are needed")
