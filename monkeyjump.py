@@ -419,7 +419,7 @@ class Router(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], centered: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The block's arguments -> its input [B, T, D], unit representations [B, N, D], which are real [B, N]."""
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
         if hidden.dim() == 2:  # Qwen-VL's vision blocks: packed patches [N, D], one sequence
             hidden = hidden[None]
         elif hidden.dim() == 4:  # parallel streams: gemma3n [4, B, T, D], of which attention sees the first;
@@ -431,7 +431,6 @@ class Router(nn.Module):
             found, valid = represent(hidden, self.config.rep_mode, *self.stack.positions(hidden))
             return hidden, unit(found, self.mean if centered else None), valid
 
-    @torch.no_grad()
     def call(self, hidden: Tensor, representations: Tensor, valid: Tensor | None) -> Call:
         """Route one call of the block; in training, add what it saw to the statistics."""
         stack, config = self.stack, self.config
@@ -641,7 +640,8 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
     if _is_2d(mask) and mask.shape[0] == batch:  # a narrower mask: the model put tokens of its own in front (CPM-Ant)
         return F.pad(mask != 0, (max(0, tokens - mask.shape[1]), 0), value=True)[:, -tokens:]
     if mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, tokens):
-        allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2  # [B, T, S]
+        lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0  # additive, or 1 for allowed
+        allowed = mask[:, 0] > lowest  # [B, T, S]
         # A real token may attend to itself, a padded one may not: read the diagonal. It ends with the last column, or,
         # with a static cache, which is wider, where the last token's row ends.
         last = tokens - 1 if allowed.shape[-1] == tokens else last_true(allowed[:, -1])[:, None]
@@ -718,7 +718,9 @@ def language_blocks(model: nn.Module) -> dict[str, nn.Module]:
     there are lists of blocks below, and take the nearest ones (a tower beside them lies deeper). Hybrid lists are kept
     whole; a block that serves at several depths is named once.
     """
-    tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    tokens = None
+    with contextlib.suppress(NotImplementedError, AttributeError):  # no embeddings, or no model of transformers
+        tokens = model.get_input_embeddings()
     modules, lists, chosen = dict(model.named_modules()), block_lists(model), set()
     size = len(tokens.weight) if isinstance(tokens, nn.Module) and hasattr(tokens, "weight") else None
     for path, module in modules.items():

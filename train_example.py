@@ -452,12 +452,12 @@ def demonstration(folder: Path, seed: int, use_cpu: bool) -> None:
         remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=use_cpu,
     )  # fmt: skip
     chat, model = Chat(tokenizer, False, Options()), transformers.LlamaForCausalLM(config)
-    base = Trainer(model, arguments, data_collator=chat, train_dataset=chat.usable(rows(known, 8000)))
+    base = Trainer(model, arguments, data_collator=chat, train_dataset=chat.usable(rows(known, 20 * BASE_STEPS)))
     base.train()
     base.save_model(str(folder / "base"))
     tokenizer.save_pretrained(folder / "base")
     if base.is_world_process_zero():
-        rows(new, 6000).to_json(folder / "rows.jsonl")
+        rows(new, 15 * BASE_STEPS).to_json(folder / "rows.jsonl")
     base.accelerator.wait_for_everyone()
     say("Monkey Jump teaches it to", ", ".join(new))
 

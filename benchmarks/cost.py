@@ -296,7 +296,7 @@ def inference_table(args: argparse.Namespace, config: PretrainedConfig, batch: i
         def run() -> None:
             for _ in range(tokens):
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-            cache.crop(length)
+            cache.crop(-tokens)
 
         return run
 
