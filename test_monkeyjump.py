@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -2437,7 +2438,7 @@ def test_trl_dpo_takes_its_reference_from_the_base_model(tmp_path, kind):
 
 # ------------------------------------------------------------------------------------------------ train_example.py
 
-QUICK = ["--use_cpu", "--per_device_train_batch_size", "4", "--learning_rate", "0.01", "--kmeans_samples", "64"]
+QUICK = "--use_cpu --per_device_train_batch_size 4 --learning_rate 0.01 --kmeans_samples 64"
 LETTERS = "abcdefgh"
 
 
@@ -2472,19 +2473,23 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def command(
-    *arguments: object, program: Path = HERE / "train_example.py", processes: int = 1
-) -> tuple[list[str], dict]:
+def command(flags: str, program: Path = HERE / "train_example.py", processes: int = 1) -> tuple[list[str], dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(program), *map(str, arguments)], environment
+    return [sys.executable, *torchrun, str(program), *shlex.split(flags)], environment
 
 
-def run(*arguments: object, **keywords: object) -> subprocess.CompletedProcess[str]:
-    line, environment = command(*arguments, **keywords)
+def run_script(flags: str, **keywords: object) -> str:
+    """What the script prints, run as a process."""
+    line, environment = command(flags, **keywords)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return done.stdout
+
+
+def run_main(flags: str) -> None:
+    """The same in this process, without the seconds that importing takes."""
+    train_example.main(shlex.split(flags))
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -2494,57 +2499,20 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def test_example_trains_text_logs_routing_and_checkpoints_adapters_only(tiny: Path, tmp_path: Path) -> None:
-    """One process with all of a text run: accuracy before and after, router flags, the table, the path last."""
     out = tmp_path / "out"
-    done = run(
-        "--model",
-        tiny / "base",
-        "--dataset",
-        tiny / "rows.jsonl",
-        "--output_dir",
-        out,
-        "--eval_accuracy",
-        "--held_back",
-        0.2,
-        "--max_steps",
-        30,
-        "--logging_steps",
-        10,
-        "--save_steps",
-        15,
-        "--jitter_noise",
-        0.1,
-        "--temperature",
-        0.5,
-        "--ema_momentum",
-        0.8,
-        "--top_k",
-        2,
-        "--rep_mode",
-        "prompt_end",
-        "--update_every",
-        2,
-        "--update_until",
-        20,
-        "--linears",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "--shared_expert",
-        "up_proj",
-        "--max_length",
-        32,
-        "--max_new_tokens",
-        4,
-        *QUICK,
+    printed = run_script(
+        f"--model {tiny}/base --dataset {tiny}/rows.jsonl --output_dir {out} {QUICK} --eval_accuracy --held_back 0.2 "
+        "--max_steps 30 --logging_steps 10 --save_steps 15 --jitter_noise 0.1 --temperature 0.5 --ema_momentum 0.8 "
+        "--top_k 2 --rep_mode prompt_end --update_every 2 --update_until 20 --linears q_proj k_proj v_proj "
+        "--shared_expert up_proj --max_length 32 --max_new_tokens 4"
     )
-    lines = done.stdout.splitlines()
+    lines = printed.splitlines()
     assert lines[-1] == str(out)
     assert any(line.startswith("loss") and "before" in line and "after" in line for line in lines)
     assert {line.split()[0] for line in lines if "before" in line} == {"loss", "accuracy", "up", "yes"}
     before, after = next(line.split()[2::2] for line in lines if line.startswith("loss"))
     assert float(after) < float(before)
-    assert "q_proj" in done.stdout and "model.layers.1" in done.stdout
+    assert "q_proj" in printed and "model.layers.1" in printed
     checkpoint = out / "checkpoint-30"
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 300_000
     assert all(".monkeyjump." in name or "monkeyjump" in name for name in load_file(checkpoint / "model.safetensors"))
@@ -2555,26 +2523,13 @@ def test_example_trains_text_logs_routing_and_checkpoints_adapters_only(tiny: Pa
 
 
 def test_example_continues_after_a_kill_with_the_losses_of_an_uninterrupted_run(tiny: Path, tmp_path: Path) -> None:
-    flags = [
-        "--model",
-        tiny / "base",
-        "--dataset",
-        tiny / "rows.jsonl",
-        "--held_back",
-        0,
-        "--max_steps",
-        40,
-        "--logging_steps",
-        5,
-        "--save_steps",
-        5,
-        "--adapter",
-        "adalora",
-        *QUICK,
-    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_example.main([str(flag) for flag in [*flags, "--output_dir", whole]])
-    line, environment = command(*flags, "--output_dir", killed)
+    flags = (
+        f"--model {tiny}/base --dataset {tiny}/rows.jsonl {QUICK} --held_back 0 --max_steps 40 --logging_steps 5 "
+        "--save_steps 5 --adapter adalora"
+    )
+    run_main(f"{flags} --output_dir {whole}")
+    line, environment = command(f"{flags} --output_dir {killed}")
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (killed / "checkpoint-10" / "adapter_model.safetensors").exists():
         assert process.poll() is None
@@ -2582,7 +2537,7 @@ def test_example_continues_after_a_kill_with_the_losses_of_an_uninterrupted_run(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "checkpoint-40").exists()
-    train_example.main([str(f) for f in [*flags, "--output_dir", killed, "--resume_from_checkpoint", "last"]])
+    run_main(f"{flags} --output_dir {killed} --resume_from_checkpoint last")
     expected, found = losses(whole), losses(killed)
     assert expected.keys() == found.keys()
     newest = tmp_path / "killed" / "checkpoint-40" / "trainer_state.json"
@@ -2598,51 +2553,15 @@ def test_example_evaluates_and_generates_with_a_saved_adapter(tiny: Path, tmp_pa
         table = csv.DictWriter(file, ["question", "reply"])
         table.writeheader()
         table.writerows([{"question": row["prompt"], "reply": row["answer"]} for row in rows if row["task"] == "yes"])
-    train_example.main(
-        [
-            str(f)
-            for f in (
-                "--model",
-                tiny / "base",
-                "--dataset",
-                tmp_path / "rows.csv",
-                "--prompt_column",
-                "question",
-                "--answer_column",
-                "reply",
-                "--held_back",
-                0,
-                "--output_dir",
-                out,
-                "--max_steps",
-                30,
-                "--save_strategy",
-                "no",
-                "--bf16",
-                "--gradient_checkpointing",
-                *QUICK,
-            )
-        ]
+    run_main(
+        f"--model {tiny}/base --dataset {tmp_path}/rows.csv --prompt_column question --answer_column reply "
+        f"--held_back 0 --output_dir {out} --max_steps 30 --save_strategy no --bf16 --gradient_checkpointing {QUICK}"
     )
-    base = ["--model", tiny / "base", "--adapter_path", out]
+    base = f"--model {tiny}/base --adapter_path {out} --use_cpu"
     capsys.readouterr()
-    train_example.main([str(flag) for flag in [*base, "--generate", "is c it:", "--max_new_tokens", 8, "--use_cpu"]])
+    run_main(f"{base} --generate 'is c it:' --max_new_tokens 8")
     assert capsys.readouterr().out.strip() == "yes"
-    train_example.main(
-        [
-            str(flag)
-            for flag in [
-                *base,
-                "--dataset",
-                tiny / "rows.jsonl",
-                "--eval_only",
-                "--eval_accuracy",
-                "--eval_split",
-                "train[-8:]",
-                *QUICK,
-            ]
-        ]
-    )
+    run_main(f"{base} --dataset {tiny}/rows.jsonl --eval_only --eval_accuracy --eval_split train[-8:]")
     accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
     assert accuracy.split()[-1] == "1.0000"
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -2652,28 +2571,9 @@ def test_example_trains_compiled_on_plain_text_from_parquet(tiny: Path, tmp_path
     import pandas
 
     pandas.DataFrame({"body": ["one two three four", "", "five six seven"] * 8}).to_parquet(tmp_path / "rows.parquet")
-    train_example.main(
-        [
-            str(flag)
-            for flag in (
-                "--model",
-                tiny / "base",
-                "--dataset",
-                tmp_path / "rows.parquet",
-                "--text_column",
-                "body",
-                "--output_dir",
-                tmp_path / "out",
-                "--max_steps",
-                4,
-                "--held_back",
-                0,
-                "--torch_compile",
-                "--torch_compile_backend",
-                "aot_eager",
-                *QUICK,
-            )
-        ]
+    run_main(
+        f"--model {tiny}/base --dataset {tmp_path}/rows.parquet --text_column body --output_dir {tmp_path}/out "
+        f"--max_steps 4 --held_back 0 --torch_compile --torch_compile_backend aot_eager {QUICK}"
     )
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
@@ -2766,32 +2666,10 @@ def tiny_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_example_trains_a_vision_language_model_on_images(tiny_vision: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    train_example.main(
-        [
-            str(flag)
-            for flag in (
-                "--model",
-                tiny_vision / "base",
-                "--dataset",
-                tiny_vision / "rows.jsonl",
-                "--output_dir",
-                out,
-                "--max_steps",
-                60,
-                "--logging_steps",
-                10,
-                "--held_back",
-                12,
-                "--eval_accuracy",
-                "--max_new_tokens",
-                6,
-                "--save_strategy",
-                "no",
-                *QUICK,
-                "--per_device_train_batch_size",
-                "8",
-            )
-        ]
+    run_main(
+        f"--model {tiny_vision}/base --dataset {tiny_vision}/rows.jsonl --output_dir {out} --max_steps 60 "
+        f"--logging_steps 10 --held_back 12 --eval_accuracy --max_new_tokens 6 --save_strategy no {QUICK} "
+        "--per_device_train_batch_size 8"
     )
     printed = capsys.readouterr().out
     assert "1 of 49 rows left out" in printed and "gone.png" in printed
@@ -2836,39 +2714,19 @@ train_example.main()
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_example_runs_on_two_processes(sharded: bool, tiny: Path, tmp_path: Path) -> None:
-    out, flags, program = tmp_path / "out", [], HERE / "train_example.py"
+    out, program = tmp_path / "out", HERE / "train_example.py"
+    flags = (
+        f"--model {tiny}/base --dataset {tiny}/rows.jsonl --output_dir {out} {QUICK} --eval_accuracy --held_back 9 "
+        "--max_steps 20 --logging_steps 10 --save_steps 10 --max_new_tokens 4 --ddp_backend gloo"
+    )
     if sharded:
         program, config = tmp_path / "fsdp_on_cpu.py", tmp_path / "fsdp.json"
         program.write_text(FSDP_ON_CPU)
         config.write_text(json.dumps({"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
-        flags = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", config]
-    done = run(
-        "--model",
-        tiny / "base",
-        "--dataset",
-        tiny / "rows.jsonl",
-        "--output_dir",
-        out,
-        "--eval_accuracy",
-        "--held_back",
-        9,
-        "--max_steps",
-        20,
-        "--logging_steps",
-        10,
-        "--save_steps",
-        10,
-        "--max_new_tokens",
-        4,
-        "--ddp_backend",
-        "gloo",
-        *flags,
-        *QUICK,
-        program=program,
-        processes=2,
-    )
-    assert done.stdout.splitlines()[-1] == str(out)
-    assert (out / "checkpoint-20" / "pytorch_model_fsdp.bin").exists() == sharded
+        flags += f" --fsdp 'full_shard auto_wrap' --fsdp_config {config}"
+    printed = run_script(flags, program=program, processes=2)
+    assert printed.splitlines()[-1] == str(out)
+    assert bool(list((out / "checkpoint-20").glob("pytorch_model_fsdp*"))) == sharded  # accelerate's own copy
     history = losses(out)
     assert history[20] < history[10]
     model = LlamaForCausalLM.from_pretrained(tiny / "base")
@@ -2879,20 +2737,7 @@ def test_example_runs_on_two_processes(sharded: bool, tiny: Path, tmp_path: Path
 def test_example_demonstration_makes_its_own_base_model_and_data(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(train_example, "BASE_STEPS", 10)
     out = tmp_path / "demonstration"
-    flags = [
-        "--output_dir",
-        out,
-        "--max_steps",
-        6,
-        "--held_back",
-        8,
-        "--logging_steps",
-        3,
-        "--max_new_tokens",
-        4,
-        "--use_cpu",
-    ]
-    train_example.main([str(flag) for flag in flags])
+    run_main(f"--output_dir {out} --max_steps 6 --held_back 8 --logging_steps 3 --max_new_tokens 4 --use_cpu")
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(out) and sum(" -> " in line for line in lines) == 4
     assert {"loss", "accuracy", "first", "second", "head", "double"} <= {line.split()[0] for line in lines if line}
@@ -2901,26 +2746,9 @@ def test_example_demonstration_makes_its_own_base_model_and_data(tmp_path: Path,
 
 def test_example_trains_over_a_four_bit_base(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    train_example.main(
-        [
-            str(flag)
-            for flag in (
-                "--model",
-                tiny / "base",
-                "--dataset",
-                tiny / "rows.jsonl",
-                "--held_back",
-                0,
-                "--load_in_4bit",
-                "--output_dir",
-                tmp_path / "out",
-                "--max_steps",
-                2,
-                "--save_strategy",
-                "no",
-                *QUICK,
-            )
-        ]
+    run_main(
+        f"--model {tiny}/base --dataset {tiny}/rows.jsonl --held_back 0 --load_in_4bit --output_dir {tmp_path}/out "
+        f"--max_steps 2 --save_strategy no {QUICK}"
     )
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
@@ -2939,28 +2767,9 @@ def test_example_reads_a_data_set_from_disk_with_an_image_column(tiny_vision: Pa
         ),
     )
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "data")
-    train_example.main(
-        [
-            str(flag)
-            for flag in (
-                "--model",
-                tiny_vision / "base",
-                "--dataset",
-                tmp_path / "data",
-                "--held_back",
-                0,
-                "--output_dir",
-                tmp_path / "out",
-                "--max_steps",
-                2,
-                "--save_strategy",
-                "no",
-                "--bf16",
-                "--max_length",
-                40,
-                *QUICK,
-            )
-        ]
+    run_main(
+        f"--model {tiny_vision}/base --dataset {tmp_path}/data --held_back 0 --output_dir {tmp_path}/out --max_steps 2 "
+        f"--save_strategy no --bf16 --max_length 40 {QUICK}"
     )
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
