@@ -319,6 +319,7 @@ class MonkeyJumpTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         directory = output_dir or self.args.output_dir
+        os.makedirs(directory, exist_ok=True)  # every rank writes its statistics
         mj.save_adapter(self.model, directory)
         tensors = mj.monkeyjump_state_dict(self.model)  # more than the adapter: the Trainer resumes from this file
         if self.args.should_save:
