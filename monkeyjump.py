@@ -993,6 +993,8 @@ def apply_monkeyjump(
         block.monkeyjump.handles = [block.register_forward_pre_hook(block.monkeyjump.enter, with_kwargs=True)]
         stack.blocks.append(block)
         stack.checkpointed += [module for module in block.modules() if hasattr(module, "gradient_checkpointing")]
+    for part in (*state.routers.values(), *state.adapters.values()):
+        part.train(model.training)  # on a model in eval mode new dropout must not drop
     state.stacks, model._monkeyjump = list(stacks.values()), state
     return model
 

@@ -361,6 +361,16 @@ def test_trainable_parameters_are_the_published_numbers(shape, kv_heads, setting
     assert f"{published:,}" in line and line in capsys.readouterr().out
 
 
+def test_adapters_take_the_mode_of_the_model_they_come_to(tmp_path):
+    """A model in eval mode stays without dropout and jitter; in training mode both are at work."""
+    model, ids = adapted("lora", dropout=0.5, jitter_noise=0.5), batch()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(tiny_llama(), tmp_path)(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        assert not torch.allclose(model.train()(ids).logits, model(ids).logits, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------- the published equations
 
 
