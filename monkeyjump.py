@@ -480,7 +480,9 @@ class Stack:
         own, entry = _argument(args, kwargs, "attention_mask", self.mask_index), root.get("attention_mask")
         # Departure: padding by the 2-D mask at the model's entry; blocks see a 4-D mask or none.
         self.mask = entry if _is_2d(entry) and not _is_2d(own) else own
-        self.cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        self.cache = None
+        for name in CACHE_NAMES:
+            self.cache = kwargs.get(name) if self.cache is None else self.cache
         self.real, self.gates = None, {}
         self.collecting = self.enabled and owner.training and torch.is_grad_enabled()
         self.centers = self.current_centers(owner.monkeyjump_forwards if self.collecting else None)
@@ -795,14 +797,17 @@ class State:
         self.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         mask = "decoder_attention_mask" if encoder_decoder else "attention_mask"
-        self.sources = {to: (name, _argument_index(model, name)) for to, name in
-                        (("attention_mask", mask), ("labels", "labels"), ("prompt_end", "prompt_end"))}
+        self.mask, self.labels = ((name, _argument_index(model, name)) for name in (mask, "labels"))
         self.handles = [model.register_forward_pre_hook(self.enter, with_kwargs=True)]
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook of the model: what only its caller knows goes to the language model's (last) stack."""
         if self.text_stack is not None:
-            self.text_stack.root = {to: _argument(args, kwargs, *source) for to, source in self.sources.items()}
+            self.text_stack.root = {
+                "attention_mask": _argument(args, kwargs, *self.mask),
+                "labels": _argument(args, kwargs, *self.labels),
+                "prompt_end": kwargs.get("prompt_end"),
+            }
         return args, {name: value for name, value in kwargs.items() if name != "prompt_end"}
 
     def override(self) -> None:

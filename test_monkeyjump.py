@@ -63,6 +63,8 @@ HERE = Path(__file__).parent
 OWN_ADAPTERS = ("lora", "lorafa", "adalora", "propulsion")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 torch.set_num_threads(1)
+# There the base model itself does neither: its forward does not compile to one graph, and FSDP2 needs a GPU.
+OLD_TORCH = pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6: not even without adapters")
 
 
 def tiny_llama(layers=2, seed=0, **settings):
@@ -743,7 +745,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=OLD_TORCH)])
 def test_two_processes_have_the_centers_and_gradients_of_one_on_the_whole_batch(kind, tmp_path):
     script, out = tmp_path / "worker.py", tmp_path / "out"
     out.mkdir()
@@ -869,6 +871,7 @@ def test_a_new_turn_on_an_old_cache_is_routed_by_itself():
 # ------------------------------------------------------------------------------------------------- promise 9: compile
 
 
+@OLD_TORCH
 @pytest.mark.parametrize(("checkpointing", "mode"), [(False, "token"), (True, "prompt_end")])
 def test_compiles_to_one_graph_once_and_trains_like_eager(checkpointing, mode):
     import torch._dynamo.testing
