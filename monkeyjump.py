@@ -94,6 +94,7 @@ class MonkeyJumpConfig:
     rep_mode: str = _option(lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}")
     jitter_noise: float = _option(_number(lambda v: 0 <= v < 1), "a number in [0, 1)")
     centered: bool = _option(lambda v: isinstance(v, bool), "True or False")
+    min_share: float = _option(_number(lambda v: 0 <= v < 1), "a number in [0, 1)")
     update_every: int = _option(_int_from(1), "an integer >= 1")
     update_until: int | None = _option(lambda v: v is None or _int_from(0)(v), "None or an integer >= 0")
 
@@ -209,6 +210,34 @@ def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -
     # Departure: the mean is of unit vectors; raw activations of norm 100 would replace a unit center at once.
     means = sums / counts.clamp(min=1.0)[..., None]
     return torch.where(counts[..., None] > 0, unit(momentum * centers + (1.0 - momentum) * means), centers)
+
+
+def worst_served(representations: Tensor, centers: Tensor, real: Tensor | None) -> Tensor:
+    """The representation that is least like its nearest center: [N, D], [E, D] -> [D + 1], the last being 1 - cos."""
+    distance = 1.0 - product(representations, centers).amax(dim=-1)
+    counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real
+    worst = (distance * counted).argmax(dim=0, keepdim=True)
+    return torch.cat([representations, distance[:, None]], dim=-1)[worst][0] * counted[worst]
+
+
+def reseed(centers: Tensor, share: Tensor, worst: Tensor, min_share: float) -> tuple[Tensor, Tensor]:
+    """Move the least used expert, if its share is below min_share, to the worst-served representation.
+
+    As codebooks of vector quantisation are kept alive (Jukebox, Dhariwal et al. 2020, section 3.1). One a call, since
+    two experts in one place would share their tokens.
+
+    Args:
+        centers: [..., E, D], of length 1.
+        share: smoothed share of the representations [..., E]; starts anew at 1 / E for an expert that moves.
+        worst: [..., D], of length 1; zero if there is none.
+        min_share: in [0, 1).
+
+    Returns:
+        centers and shares, of the same shapes.
+    """
+    least = F.one_hot(share.argmin(dim=-1), share.shape[-1]).bool()
+    dead = least & (share < min_share) & worst.any(dim=-1, keepdim=True)  # [..., E]
+    return torch.where(dead[..., None], worst[..., None, :], centers), share.masked_fill(dead, 1.0 / share.shape[-1])
 
 
 def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
@@ -387,6 +416,8 @@ class Router(nn.Module):
         self.name, self.experts, self.stack, self.config = name, experts, stack, config
         self.register_buffer("centers", unit(torch.randn(len(experts), width, device=device)))
         self.register_buffer("mean", torch.zeros(width, device=device) if config.centered else None)
+        share = torch.full((len(experts),), 1.0 / max(1, len(experts)), device=device) if config.min_share else None
+        self.register_buffer("share", share)  # of the representations, smoothed like the centers
         self.reset()
 
     def reset(self) -> None:
@@ -394,6 +425,7 @@ class Router(nn.Module):
         (experts, width), device = self.centers.shape, self.centers.device
         self.statistics = torch.zeros(experts, width + experts, device=device)  # cluster_statistics since the last fold
         self.report = torch.zeros(experts, experts + 1, device=device)  # sums of gates and of cosines, since reset
+        self.worst = torch.zeros(width + 1, device=device)  # worst_served since the last fold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         super()._apply(fn, recurse)
@@ -441,6 +473,9 @@ class Router(nn.Module):
                 if stack.collecting:
                     flat = [None if t is None else t.flatten(0, 1) for t in (representations, experts, gates, valid)]
                     self.statistics.add_(cluster_statistics(*flat))
+                    if config.min_share:
+                        worst = worst_served(flat[0], centers, flat[3])
+                        self.worst.copy_(torch.where(worst[-1] > self.worst[-1], worst, self.worst))
                 gates = (gates * stack.scale).to(hidden.dtype)
             stack.gates[self.name] = gates
             return Call(self.name, gates, hidden.shape[1], centers, self.mean)
@@ -567,7 +602,10 @@ class Stack:
                     dist.all_reduce(statistics)
                 sums, gates = statistics.split([centers.shape[-1], centers.shape[-2]], dim=-1)
                 cosines = einsum(sums, centers, "l e d, l e d -> l e")
-                centers = ema_update(centers, sums, reduce(gates, "l e g -> l e", "sum"), self.config.ema_momentum)
+                counts = reduce(gates, "l e g -> l e", "sum")
+                centers = ema_update(centers, sums, counts, self.config.ema_momentum)
+                if self.config.min_share:
+                    centers = self.revive(routers, centers, counts, due)
                 torch._foreach_copy_([router.centers for router in routers], list(centers))
                 report = torch.cat([gates, cosines[..., None]], dim=-1)
                 torch._foreach_add_([router.report for router in routers], list(report))
@@ -576,6 +614,22 @@ class Stack:
         if forwards is not None:
             forwards.add_(1)
         return current
+
+    def revive(self, routers: list[Router], centers: Tensor, counts: Tensor, due: Tensor) -> Tensor:
+        """Centers [L, E, D], one re-seeded where an expert's smoothed share of the counts [L, E] became too small."""
+        share, worst = (torch.stack([getattr(router, name) for router in routers]) for name in ("share", "worst"))
+        total, momentum = reduce(counts, "l e -> l 1", "sum"), self.config.ema_momentum
+        share = torch.where(total > 0, momentum * share + (1.0 - momentum) * counts / total, share)
+        seed = worst * due
+        if dist.is_available() and dist.is_initialized():
+            distance = seed[:, -1:].clone()
+            dist.all_reduce(distance, dist.ReduceOp.MAX)
+            seed = seed * (seed[:, -1:] == distance)
+            dist.all_reduce(seed)
+        centers, share = reseed(centers, share, unit(seed[:, :-1]), self.config.min_share)
+        torch._foreach_copy_([router.share for router in routers], list(share))
+        torch._foreach_copy_([router.worst for router in routers], list(worst * ~due))
+        return centers
 
 
 class Tape:
@@ -889,6 +943,7 @@ def apply_monkeyjump(
     rep_mode: str = "token",
     jitter_noise: float = 0.0,
     centered: bool = False,
+    min_share: float = 0.0,
     update_every: int = 1,
     update_until: int | None = None,
 ) -> nn.Module:
@@ -914,6 +969,8 @@ def apply_monkeyjump(
         jitter_noise: in [0, 1): in training, logits are multiplied by uniform noise in 1 -/+ jitter_noise.
         centered: compare directions as seen from their mean, which init_router_centers sets; real hidden states share a
             large common part that makes all experts look alike. Not in the paper; see benchmarks/quality.md.
+        min_share: in [0, 1): an expert that serves a smaller share of the representations than this, smoothed like the
+            centers, is re-seeded where they are served worst; 0: never. Not in the paper.
         update_every: the centers move at every so-manieth training forward, >= 1.
         update_until: they see this many training forwards; None: all.
 

@@ -559,9 +559,10 @@ def test_prompt_end_is_given_or_before_the_first_label_or_the_last_real_token():
 # -------------------------------------------------------------------------------- promise 5: statistics between steps
 
 
-def naive_centers(model, base_state, batches, momentum, every=1, until=None):
+def naive_centers(model, base_state, batches, momentum, every=1, until=None, min_share=0.0):
     """Replays training with a router whose centers are moved by a loop in float64."""
     state = {name: c.double() for name, c in base_state.items()}
+    shares = {name: [1 / len(c)] * len(c) for name, c in base_state.items()}
     pending, history = {}, []
     inputs = {}
     handles = [
@@ -574,16 +575,24 @@ def naive_centers(model, base_state, batches, momentum, every=1, until=None):
         if step and step % every == 0 and (until is None or step <= until):
             for name in state:
                 for e in range(len(state[name])):
-                    vectors = [v for expert, v in pending.get(name, []) if expert == e]
+                    vectors = [v for expert, v, _ in pending.get(name, []) if expert == e]
                     if vectors:
                         mean = sum(vectors) / len(vectors)
                         state[name][e] = naive_unit(momentum * state[name][e] + (1 - momentum) * mean)
+                seen, share = pending[name], shares[name]
+                for e in range(len(share)):
+                    now = sum(expert == e for expert, *_ in seen) / len(seen)
+                    share[e] = momentum * share[e] + (1 - momentum) * now
+                dead = share.index(min(share))
+                if share[dead] < min_share:
+                    state[name][dead] = min(seen, key=lambda found: found[2])[1]
+                    share[dead] = 1 / len(share)
             pending = {}
         model(input_ids=ids, labels=ids).loss.backward()
         for name, hidden in inputs.items():
             for vector in hidden.flatten(0, 1):
                 cosines = state[name] @ naive_unit(vector)
-                pending.setdefault(name, []).append((int(cosines.argmax()), naive_unit(vector)))
+                pending.setdefault(name, []).append((int(cosines.argmax()), naive_unit(vector), float(cosines.max())))
         history.append({name: c.clone() for name, c in state.items()})
     for handle in handles:
         handle.remove()
@@ -606,6 +615,30 @@ def test_statistics_become_centers_at_the_start_of_a_later_training_forward(ever
             model(batch(seed=52))  # nor the reference pass of DPO
     moved = any(not torch.equal(c, start[name]) for name, c in centers(model).items())
     assert moved == (until != 0)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_expert_that_serves_too_little_is_reseeded_where_representations_are_served_worst(every):
+    settings = {"ema_momentum": 0.6, "update_every": every}
+    batches = [batch(seed=s) for s in range(8)]
+    histories = {}
+    for min_share in (0.0, 0.2):
+        model = adapted("lora", min_share=min_share, **settings).train()
+        for router in centers(model):  # one expert of four starts where no token is
+            model.get_buffer(router)[0] = -model.get_buffer(router)[1:].sum(dim=0)
+            model.get_buffer(router)[0] /= model.get_buffer(router)[0].norm()
+        start = centers(model)
+        model.model.embed_tokens.weight[1] = torch.linalg.svd(torch.cat([*start.values()])).Vh[-1]  # padding: like none
+        histories[min_share] = naive_centers(copy.deepcopy(model), start, batches, 0.6, every, None, min_share)
+        for step, ids in enumerate(batches):
+            padded = torch.cat([ids, torch.ones_like(ids)], dim=1)
+            mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
+            model(input_ids=padded, attention_mask=mask, labels=padded).loss.backward()
+            expected = {name: c.float() for name, c in histories[min_share][step].items()}
+            assert_same(centers(model), expected, atol=1e-5, rtol=1e-4)
+    last, kept = (torch.stack(list(histories[share][-1].values())) for share in (0.2, 0.0))
+    assert (last - kept).norm(dim=-1).max() > 0.5  # some expert did move
+    assert adapted("lora").model.layers[0].monkeyjump.share is None  # nothing is measured unless asked
 
 
 def test_a_resumed_run_goes_on_with_the_schedule_of_the_first():
@@ -722,7 +755,7 @@ import sys, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 import test_monkeyjump as t
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[3]), world_size=2)
-rank, model = dist.get_rank(), t.adapted("lora", ema_momentum=0.4, jitter_noise=0.0)
+rank, model = dist.get_rank(), t.adapted("lora", ema_momentum=0.4, min_share=0.2)
 batches = [t.batch(4, seed=s) for s in range(4)]
 half = [ids[2 * rank : 2 * rank + 2] for ids in batches]
 t.init_router_centers(model, half, subset_size=32, seed=1)
@@ -750,7 +783,7 @@ def test_two_processes_have_the_centers_and_gradients_of_one_on_the_whole_batch(
     script, out = tmp_path / "worker.py", tmp_path / "out"
     out.mkdir()
     script.write_text(DISTRIBUTED.format(here=str(HERE)))
-    model = adapted("lora", ema_momentum=0.4)
+    model = adapted("lora", ema_momentum=0.4, min_share=0.2)
     torch.save(centers(model), tmp_path / "centers.pt")
     command = [sys.executable, str(script), kind, str(tmp_path / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -879,7 +912,7 @@ def test_compiles_to_one_graph_once_and_trains_like_eager(checkpointing, mode):
     torch._dynamo.reset()
     batches, mask = [batch(seed=s) for s in range(4)], torch.ones(2, 9, dtype=torch.long)
     mask[0, :2] = 0
-    settings = {"rep_mode": mode, "update_every": 2, "ema_momentum": 0.5}
+    settings = {"rep_mode": mode, "update_every": 2, "ema_momentum": 0.5, "min_share": 0.2}
     expected = train(adapted("lora", tiny_llama(layers=2, use_cache=False), **settings), batches, mask=mask)
     model = adapted("lora", tiny_llama(layers=2, use_cache=False), **settings)
     if checkpointing:
@@ -902,7 +935,8 @@ def test_no_step_asks_the_device_for_a_value():
         with FakeTensorMode():
             config = copy.deepcopy(tiny_llama().config)
             model = LlamaForCausalLM(config)
-            model = apply_monkeyjump(model, rep_mode=mode, update_every=2, update_until=5, jitter_noise=0.1).train()
+            settings = {"update_every": 2, "update_until": 5, "jitter_noise": 0.1, "min_share": 0.1}
+            model = apply_monkeyjump(model, rep_mode=mode, **settings).train()
             hidden = torch.zeros(2, 8, 32, requires_grad=True)
             stack, block = model._monkeyjump.stacks[0], model.model.layers[0]
             for _ in range(2):
@@ -1090,6 +1124,7 @@ def test_another_config_than_the_applied_one_is_refused(tmp_path):
         ({"rep_mode": "first"}, "rep_mode='first': must be one of token, last, mean, prompt_end"),
         ({"jitter_noise": -0.1}, "jitter_noise=-0.1"),
         ({"centered": 1}, "centered=1"),
+        ({"min_share": 1.0}, "min_share=1.0"),
         ({"update_every": 0}, "update_every=0"),
         ({"update_until": -1}, "update_until=-1"),
         ({"blocks": {"GPT2Block": [0]}}, "'GPT2Block' not in this model; there are LlamaDecoderLayer"),

@@ -96,6 +96,7 @@ class Options:
     rep_mode: Literal["token", "last", "mean", "prompt_end"] = option("token", "what the router looks at")
     jitter_noise: float = option(0.0, "noise on the router's probabilities in training")
     centered: bool = option(False, "the router compares directions as seen from their mean")
+    min_share: float = option(0.0, "re-seed an expert that serves a smaller share of the tokens; 0: never")
     update_every: int = option(1, "training forwards from one update of the centers to the next")
     update_until: int | None = option(None, "training forward after which the centers rest")
     kmeans_samples: int = option(4000, "representations for the k-means start of the centers; 0: none")
@@ -291,6 +292,7 @@ ROUTER_LOGS: dict[str, Callable[[dict[str, Any]], float]] = {
     "largest_share": lambda block: float(block["share"].max()),
     "cosine": lambda block: float((block["share"] * block["cosine"]).sum()),
 }
+PENDING = ("statistics", "worst")  # what a router saw since its centers moved
 
 
 def routers(model: torch.nn.Module) -> dict[str, mj.Router]:
@@ -325,7 +327,8 @@ class MonkeyJumpTrainer(Trainer):
         if self.args.should_save:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, Path(directory, "model.safetensors"), metadata={"format": "pt"})
-        pending = {name: router.statistics.cpu() for name, router in routers(self.model).items()}
+        of = routers(self.model).items()
+        pending = {f"{name}.{kind}": getattr(router, kind).cpu() for name, router in of for kind in PENDING}
         save_file(pending, Path(directory, f"statistics-{self.args.process_index}.safetensors"))
 
 
@@ -337,8 +340,9 @@ class MonkeyJumpCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         saved = Path(args.resume_from_checkpoint or "", f"statistics-{args.process_index}.safetensors")
-        for name, statistics in (load_file(saved) if saved.is_file() else {}).items():  # of the last step before
-            model.get_submodule(name).statistics.copy_(statistics)
+        for name, tensor in (load_file(saved) if saved.is_file() else {}).items():  # of the last step before
+            path, _, kind = name.rpartition(".")
+            getattr(model.get_submodule(path), kind).copy_(tensor)
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.target_rank:
