@@ -1,11 +1,10 @@
 r"""What the router does, drawn: experts per block, experts per task, representations with their centers, costs.
 
-    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER \
-        [--options centered=true] [--adapter SAVED] [--cost cost.json]
+    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER [--options centered=true] [--adapter SAVED]
+    python benchmarks/cost.py --json cost.json && python benchmarks/figures.py --cost cost.json
 
-Without --adapter, Monkey Jump is applied with --options and its centers are set by k-means on training rows.
-Writes routing.png and representations.png (and cost.png: {"title": ..., "unit": ..., "bars": {name: value}}) beside
-this file, or into --out.
+The first writes routing.png and representations.png, the second cost.png, beside this file or into --out. Without
+--adapter, Monkey Jump is applied with --options and its centers are set by k-means on training rows.
 """
 
 import argparse
@@ -99,25 +98,36 @@ def draw_representations(points: list[tuple[str, Tensor, Tensor, Tensor]], exper
 
 
 def draw_cost(cost: dict, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 0.45 * len(cost["bars"]) + 1), layout="constrained")
-    bars = axis.barh(list(cost["bars"]), list(cost["bars"].values()), color=COLORS[0])
-    axis.bar_label(bars, fmt="%.3g", padding=3)
-    axis.invert_yaxis()
-    axis.set(title=cost.get("title", ""), xlabel=cost.get("unit", ""))
+    """Bars of every system for the figures of cost.py's training table that matter most."""
+    rows, kinds = cost["training"], ("kept MB above floor", "peak MB above floor", "aten calls", "bf16 / PEFT LoRA")
+    columns = [kind for kind in kinds if kind in rows[0]]
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3), sharey=True, layout="constrained")
+    for axis, column in zip(axes, columns, strict=True):
+        bars = axis.barh([row["system"] for row in rows], [row[column] for row in rows], color=COLORS[0])
+        axis.bar_label(bars, fmt="%.4g", padding=3)
+        axis.margins(x=0.25)
+        axis.set(title=column)
+    axes[0].invert_yaxis()
+    figure.suptitle(cost["setting"], fontsize=8)
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, hub id or .gguf file")
-    parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--model", help="folder, hub id or .gguf file")
+    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--adapter", help="what save_adapter wrote")
     parser.add_argument("--options", nargs="*", default=[], help="name=value of apply_monkeyjump")
     parser.add_argument("--rows", type=int, default=24, help="test rows a task")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 15, 28], help="blocks to show in the projection")
-    parser.add_argument("--cost", help="JSON file with figures for the bars")
+    parser.add_argument("--cost", help="what cost.py --json wrote: draw that and stop")
     parser.add_argument("--out", default=str(Path(__file__).parent))
     args = parser.parse_args()
+    if args.cost:
+        draw_cost(json.loads(Path(args.cost).read_text(encoding="utf-8")), Path(args.out) / "cost.png")
+        return
+    if not args.model or not args.data:
+        parser.error("--model and --data are needed, or --cost")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = quality.load_model(args.model, device, torch.bfloat16)
     pad = tokenizer.pad_token_id
@@ -146,8 +156,6 @@ def main() -> None:
     shown = [(f"block {i}", names[i]) for i in args.blocks if i < len(names)]
     points = [(title, representations[name], centers[name], assigned[name]) for title, name in shown]
     draw_representations(points, experts, out / "representations.png")
-    if args.cost:
-        draw_cost(json.loads(Path(args.cost).read_text(encoding="utf-8")), out / "cost.png")
     for path in sorted(out.glob("*.png")):
         print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -16,6 +16,7 @@ A method is a name and options, as in "mj adapter=lora top_k=1 temperature=0.1":
     moe_lora      four LoRA experts a projection behind a learned top-2 router (about five times the parameters)
     mj            Monkey Jump: options go to apply_monkeyjump; besides them init=random draws the centers at random
                   (with update_until=0: random routing), and gates=uniform gives every expert the weight 1/E
+    apart METHOD  a model of its own for each task, on its share of each batch: what routing by task could reach
 """
 
 import argparse
@@ -192,7 +193,8 @@ def build(method: str, base: nn.Module, steps: int, init_batches: list[dict], se
     if name == "lora":
         from peft import LoraConfig
 
-        return wrap_peft(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS, **options)), {}
+        options = {"r": RANK, "lora_alpha": ALPHA, **options}
+        return wrap_peft(model, LoraConfig(target_modules=PROJECTIONS, **options)), {}
     if name == "peft_adalora":
         from peft import AdaLoraConfig
 
@@ -260,6 +262,8 @@ def parse(value: str):
 
 def run(method: str, seed: int, lr: float, models: tuple, train: list[dict], test: list[dict], size: dict) -> dict:
     """Train one method from one seed and evaluate it; everything that the report needs, as plain numbers."""
+    if method.startswith("apart "):
+        return run_apart(method, seed, lr, models, train, test, size)
     base, lower, pad = models
     steps, batch = size["steps"], size["batch"]
     device = next(base.parameters()).device
@@ -304,6 +308,26 @@ def run(method: str, seed: int, lr: float, models: tuple, train: list[dict], tes
         "mean": statistics.mean(100 * sum(hits) / len(hits) for hits in per_task.values()),
         "nll": statistics.mean(nll), "correct": "".join(map(str, correct)), "train_loss": statistics.mean(tail),
         "parameters": sum(p.numel() for p in trained), "step_seconds": statistics.median(seconds), "router": router,
+    }  # fmt: skip
+
+
+def run_apart(method: str, seed: int, lr: float, models: tuple, train: list, test: list, size: dict) -> dict:
+    """`run` for each task alone, as one result."""
+    tasks = list(dict.fromkeys(row["task"] for row in train))
+    size = size | {"batch": size["batch"] // len(tasks)}
+    runs = {}
+    for task in tasks:
+        own = [[row for row in rows if row["task"] == task] for rows in (train, test)]
+        runs[task] = run(method.removeprefix("apart "), seed, lr, models, *own, size)
+    hits = {task: iter(result["correct"]) for task, result in runs.items()}
+    results = list(runs.values())
+    accuracy = {task: result["accuracy"][task] for task, result in runs.items()}
+    return results[0] | {
+        "method": method, "rows": len(test), "accuracy": accuracy, "mean": statistics.mean(accuracy.values()),
+        "nll": sum(r["nll"] * r["rows"] for r in results) / len(test),
+        "correct": "".join(next(hits[row["task"]]) for row in test),
+        "train_loss": statistics.mean(r["train_loss"] for r in results),
+        "parameters": sum(r["parameters"] for r in results), "router": [],
     }  # fmt: skip
 
 
