@@ -2760,7 +2760,7 @@ train_example.main()
 """
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=OLD_TORCH)], ids=["ddp", "fsdp2"])
 def test_example_runs_on_two_processes(sharded: bool, tiny: Path, tmp_path: Path) -> None:
     out, program = tmp_path / "out", HERE / "train_example.py"
     flags = (
