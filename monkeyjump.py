@@ -190,8 +190,9 @@ def cluster_statistics(representations: Tensor, experts: Tensor, gates: Tensor, 
     Returns:
         [E, D + E]: for each expert the sums of the vectors assigned to it and of their gates (in all, their number).
     """
-    counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real
-    assigned = torch.zeros_like(gates).scatter(-1, experts[:, None], counted[:, None].to(gates.dtype))  # [N, E]
+    weight = torch.linalg.vector_norm(representations, dim=-1)  # [N]: 1, or 0 for what has no direction
+    weight = weight if real is None else weight * real
+    assigned = torch.zeros_like(gates).scatter(-1, experts[:, None], weight[:, None])  # [N, E]
     return assigned.t() @ torch.cat([representations, gates], dim=-1)
 
 
@@ -215,7 +216,7 @@ def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -
 def worst_served(representations: Tensor, centers: Tensor, real: Tensor | None) -> Tensor:
     """The representation that is least like its nearest center: [N, D], [E, D] -> [D + 1], the last being 1 - cos."""
     distance = 1.0 - product(representations, centers).amax(dim=-1)
-    counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real
+    counted = representations.any(dim=-1) if real is None else representations.any(dim=-1) & real  # [N]
     worst = (distance * counted).argmax(dim=0, keepdim=True)
     return torch.cat([representations, distance[:, None]], dim=-1)[worst][0] * counted[worst]
 
