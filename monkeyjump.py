@@ -114,7 +114,7 @@ def unit(x: Tensor, mean: Tensor | None = None) -> Tensor:
     With mean [D], the direction as seen from there: unit(unit(x) - mean), still zero where x has none.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num(0.0)
+    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num_(0.0)
     return direction if mean is None else unit((direction - mean) * direction.any(dim=-1, keepdim=True))
 
 

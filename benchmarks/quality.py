@@ -43,7 +43,7 @@ RANK, ALPHA = 2, 16.0
 SIZES = {
     "cpu": {
         "tasks": ["sentiment", "question_type", "adjective_order", "brackets_valid"],
-        "steps": 120, "batch": 8, "max_tokens": 48, "upper": 15,
+        "steps": 360, "batch": 8, "max_tokens": 48, "upper": 15,
     },
     "gpu": {"tasks": None, "steps": 600, "batch": 16, "max_tokens": 1000, "upper": 0},
 }  # fmt: skip
@@ -382,21 +382,21 @@ def best_rate(results: list[dict], method: str) -> float | None:
 def report(results: list[dict], split: str, baseline: str = "lora") -> str:
     """The markdown table: mean over seeds ± their standard deviation, and the paired difference to the baseline (at its
     best rate) with two standard errors, over seeds and over rows."""
-    groups: dict[tuple[str, float], dict[int, dict]] = {}
+    groups: dict[tuple[str, int, float], dict[int, dict]] = {}
     for r in results:
         if r["split"] == split:
-            groups.setdefault((r["method"], r["lr"]), {})[r["seed"]] = r
+            groups.setdefault((r["method"], r["steps"], r["lr"]), {})[r["seed"]] = r
     if not groups:
         return f"no results on the {split} split"
     tasks = list(next(iter(next(iter(groups.values())).values()))["accuracy"])
     lines = [
-        f"| method | lr | parameters | {' | '.join(tasks)} | mean | to {baseline} (± over seeds, ± over rows) "
+        f"| method | steps | lr | parameters | {' | '.join(tasks)} | mean | to {baseline} (± over seeds, ± over rows) "
         "| nll | s/step | seeds |",
-        "|---" * (8 + len(tasks)) + "|",
+        "|---" * (9 + len(tasks)) + "|",
     ]
-    bases = [runs for (method, _), runs in groups.items() if method == baseline]
-    base = min(bases, key=lambda runs: statistics.mean(r["nll"] for r in runs.values()), default={})
-    for (method, lr), runs in groups.items():
+    for (method, steps, lr), runs in groups.items():
+        bases = [runs for (method, *size), runs in groups.items() if method == baseline and size[0] == steps]
+        base = min(bases, key=lambda runs: statistics.mean(r["nll"] for r in runs.values()), default={})
         means = [r["mean"] for r in runs.values()]
         columns = [statistics.mean(r["accuracy"][t] for r in runs.values()) for t in tasks]
         spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
@@ -413,7 +413,7 @@ def report(results: list[dict], split: str, baseline: str = "lora") -> str:
         nll = statistics.mean(r["nll"] for r in runs.values())
         seconds = statistics.median(r["step_seconds"] for r in runs.values())
         lines.append(
-            f"| {method} | {lr:g} | {first['parameters']:,} | {' | '.join(f'{c:.1f}' for c in columns)} "
+            f"| {method} | {steps} | {lr:g} | {first['parameters']:,} | {' | '.join(f'{c:.1f}' for c in columns)} "
             f"| {statistics.mean(means):.1f}{spread} | {difference} | {nll:.3f} | {seconds:.2f} | {len(runs)} |"
         )
     return "\n".join(lines)
