@@ -995,12 +995,32 @@ def apply_monkeyjump(
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in REFUSED:
         raise ValueError(f"{kind} models cannot be routed: {REFUSED[kind]}")
+    plan, named = _plan(model, blocks, linears, shared_expert, rep_mode, peft)
+    order: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        order.setdefault(type(module).__name__, []).append(path)
+    indices = {kind: [i for i, path in enumerate(paths) if path in plan] for kind, paths in order.items()}
+    settings |= {"blocks": {kind: there for kind, there in indices.items() if there}, "linears": named}
+    config = MonkeyJumpConfig(**{**settings, "shared_expert": _names(shared_expert)})
+    most = max(len(routed) for routed, *_ in plan.values())
+    if top_k > most:
+        raise ValueError(f"top_k={top_k}: at most {most}, the experts of a block; linears: {', '.join(named)}")
+    _wire(model, plan, config)
+    return model
+
+
+Plan = dict[str, tuple[list[str], list[str], int]]  # block -> experts, shared projections, width
+
+
+def _plan(
+    model: nn.Module, blocks: Any, linears: Any, shared_expert: Any, rep_mode: str, peft: bool
+) -> tuple[Plan, list[str]]:
+    """What to adapt, all names checked; and the names of linears as resolved."""
     chosen, cross = _find_blocks(model, blocks), len(block_lists(model)) > 1
-    named, shared_names = _names(linears), _names(shared_expert)
+    named, shared_names, plan = _names(linears), _names(shared_expert), {}
     if linears is None:
         found = [block_linears(b, True) if peft else attention_linears(b, cross) for b in chosen.values()]
         named = list(dict.fromkeys(path for paths in found for path in paths))
-    plan: dict[str, tuple[list[str], list[str], int]] = {}  # block -> experts, shared projections, width
     for path, block in chosen.items():
         there, width = block_linears(block, peft), block_width(model, block)
         shared = _match(there, shared_names)
@@ -1009,25 +1029,18 @@ def apply_monkeyjump(
         wide = [p for p in routed if FOREIGN.search(p) and features(block.get_submodule(p))[0] != width]
         if rep_mode == "token" and wide and linears is not None:
             raise ValueError(f"linears: {wide} of block {path!r} see other tokens, not {width} wide as the block's are")
-        routed = [p for p in routed if rep_mode != "token" or p not in wide]
-        plan[path] = routed, shared, width
+        plan[path] = [p for p in routed if rep_mode != "token" or p not in wide], shared, width
     available = sorted({p for block in chosen.values() for p in block_linears(block, peft)})
     for option, names in (("linears", named), ("shared_expert", shared_names)):
         if missing := [name for name in names if not _match(available, [name])]:
             raise ValueError(f"{option}={names}: {missing} not in these blocks; there are {', '.join(available)}")
-    order: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        order.setdefault(type(module).__name__, []).append(path)
-    settings["blocks"] = {kind: [i for i, p in enumerate(ps) if p in chosen] for kind, ps in order.items()}
-    settings["blocks"] = {kind: indices for kind, indices in settings["blocks"].items() if indices}
-    taken = list(dict.fromkeys(p for routed, *_ in plan.values() for p in routed)) if linears is None else named
-    config = MonkeyJumpConfig(**{**settings, "linears": taken, "shared_expert": shared_names})
-    most = max(len(routed) for routed, *_ in plan.values())
-    if top_k > most:
-        raise ValueError(f"top_k={top_k}: at most {most}, the experts of a block; its linears: {', '.join(available)}")
+    return plan, list(dict.fromkeys(p for routed, *_ in plan.values() for p in routed)) if linears is None else named
 
+
+def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
+    """Put routers and adapters, and the hooks through which they meet, where the plan says."""
     state, stacks = State(model, config), {}
-    if peft:
+    if config.adapter == "peft":
         state.override()
     else:
         model.requires_grad_(False)
@@ -1035,7 +1048,7 @@ def apply_monkeyjump(
     for path, (routed, shared, width) in plan.items():
         if not routed and not shared:
             continue
-        block, owner = chosen[path], path.rpartition(".")[0]
+        block, owner = model.get_submodule(path), path.rpartition(".")[0]
         while isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             owner = owner.rpartition(".")[0]
         if owner not in stacks:
@@ -1058,7 +1071,6 @@ def apply_monkeyjump(
     for part in (*state.routers.values(), *state.adapters.values()):
         part.train(model.training)  # on a model in eval mode new dropout must not drop
     state.stacks, model._monkeyjump = list(stacks.values()), state
-    return model
 
 
 class PeftAdapter(Adapter):
