@@ -104,7 +104,8 @@ def draw_cost(cost: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3), sharey=True, layout="constrained")
     for axis, column in zip(axes, columns, strict=True):
         bars = axis.barh([row["system"] for row in rows], [row[column] for row in rows], color=COLORS[0])
-        axis.bar_label(bars, fmt="%.4g", padding=3)
+        axis.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.2f}", padding=3)
+        axis.use_sticky_edges = False
         axis.margins(x=0.25)
         axis.set(title=column)
     axes[0].invert_yaxis()
