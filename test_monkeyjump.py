@@ -1861,6 +1861,28 @@ def test_a_hybrid_adapts_each_kind_of_block_by_its_own_mixer():
     assert [sorted(name.partition(".")[0] for name in seen["experts"])[0] for seen in found] == ["mamba", "self_attn"]
 
 
+@pytest.mark.parametrize("min_share", [0.0, 0.2])
+def test_blocks_of_shared_adapters_alone_are_adapted_and_not_routed(min_share):
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    attention.query = attention.q_proj  # by another name: no expert in block 1
+    del attention.q_proj
+    attention.forward = lambda hidden_states, **_: (attention.o_proj(attention.query(hidden_states)), None)
+    settings = {"linears": "q_proj", "shared_expert": "o_proj", "top_k": 1, "min_share": min_share}
+    model = adapted("lora", model, **settings).train()
+    layer, seen = attention.o_proj, []
+    layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    for seed in range(3):
+        model(input_ids=batch(seed=seed), labels=batch(seed=seed)).loss.backward()
+    (x, found), own = seen[-1], layer.monkeyjump
+    expected = x @ layer.weight.T + 8.0 * x @ own.lora_A.T @ own.lora_B.T  # alpha / r
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert own.lora_A.grad.any() and list(router_statistics(model)) == ["model.layers.0"]
+    with disable_adapters(model):
+        model(batch())
+    torch.testing.assert_close(seen[-1][1], seen[-1][0] @ layer.weight.T)
+
+
 def test_blocks_with_fewer_experts_than_top_k_use_them_all_and_no_block_with_enough_is_an_error():
     model = apply_monkeyjump(tiny_model("jamba"), top_k=4)  # attention: q, k, v, o; mamba: in_proj, x_proj, out_proj
     assert logits_of(model, text_inputs(model)).isfinite().all()
