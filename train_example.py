@@ -1,6 +1,6 @@
 """Fine-tune any causal or vision-language model of transformers with Monkey Jump.
 
-    python train_example.py                                     # a demonstration: two minutes on a CPU, no downloads
+    python train_example.py                                     # a demonstration: three minutes on a CPU, no downloads
     python train_example.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset rows.jsonl --eval_accuracy
     python train_example.py --model llava-hf/llava-1.5-7b-hf --dataset images.jsonl --load_in_4bit
     torchrun --nproc_per_node 4 train_example.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset rows.jsonl
