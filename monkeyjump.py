@@ -1047,6 +1047,9 @@ def _plan(
 
 def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
     """Put routers and adapters, and the hooks through which they meet, where the plan says."""
+    if torch._dynamo.config.skip_nnmodule_hook_guards:  # graphs compiled so far would not notice that hooks come
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
     state, stacks = State(model, config), {}
     if config.adapter == "peft":
         state.override()

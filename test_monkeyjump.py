@@ -927,6 +927,22 @@ def test_compiles_to_one_graph_once_and_trains_like_eager(checkpointing, mode):
     assert counter.frame_count == (2 if checkpointing and hooks_inside else 1)
 
 
+@pytest.mark.parametrize("applied", ["before the base is compiled", "after", "to the compiled base itself"])
+def test_an_adapted_model_never_runs_in_a_graph_that_was_compiled_for_a_frozen_base(applied):
+    torch._dynamo.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True  # torch's default: graphs do not notice new hooks
+    base = tiny_llama().requires_grad_(False).eval()
+    first = None if "base itself" in applied else copy.deepcopy(base)
+    model = adapted(base=first) if "before" in applied else None
+    with torch.no_grad():
+        compiled = torch.compile(base, backend="eager")
+        plain = compiled(batch()).logits
+        model = model or adapted(base=first or base)
+        found = torch.compile(model.eval(), backend="eager")(batch()).logits
+        torch.testing.assert_close(found, model(batch()).logits)
+    assert (found - plain).abs().max() > 1e-3
+
+
 def test_no_step_asks_the_device_for_a_value():
     """Fake tensors have no values: any host synchronisation (.item(), a branch on a tensor) is an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode

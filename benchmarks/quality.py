@@ -15,7 +15,8 @@ A method is a name and options, as in "mj adapter=lora top_k=1 temperature=0.1":
     peft_adalora  PEFT AdaLoRA, pruned to the same average rank
     moe_lora      four LoRA experts a projection behind a learned top-2 router (about five times the parameters)
     mj            Monkey Jump: options go to apply_monkeyjump; besides them init=random draws the centers at random
-                  (with update_until=0: random routing), and gates=uniform gives every expert the weight 1/E
+                  (with update_until=0 they stay: fixed random routing), init=redrawn before every forward (random
+                  routing anew each time), and gates=uniform gives every expert the weight 1/E
     apart METHOD  a model of its own for each task, on its share of each batch: what routing by task could reach
 """
 
@@ -239,8 +240,11 @@ def build_monkeyjump(
     callbacks = {"report": lambda: mj.router_statistics(model, reset=True)}
     if init == "kmeans":
         mj.init_router_centers(model, init_batches, subset_size=4000, seed=seed)
+    elif init == "redrawn":
+        routers = [module for module in model.modules() if isinstance(module, mj.Router)]
+        model.register_forward_pre_hook(lambda *_: [router.centers.normal_() for router in routers] and None)
     elif init != "random":
-        raise ValueError(f"init={init!r}; known: kmeans, random")
+        raise ValueError(f"init={init!r}; known: kmeans, random, redrawn")
     if adapter == "adalora":
         callbacks["penalty"] = lambda: 0.5 * mj.orthogonal_regularization(model)
         callbacks["after_step"] = lambda step: mj.allocate_ranks(
