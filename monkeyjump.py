@@ -32,6 +32,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -433,6 +434,8 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():  # float32 whatever the model is cast to: centers move by small steps
+            setattr(self, name, buffer.float())
         if self.statistics.device != self.centers.device:
             self.reset()
         return self
@@ -833,8 +836,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, index: i
     return args[index] if index is not None and index < len(args) else kwargs.get(name)
 
 
-def _names(value: str | Iterable[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+def _names(value: Any) -> Any:
+    """A name or names as a list; anything else in a list, for the config to refuse."""
+    return list(value or []) if isinstance(value, Iterable | None) and not isinstance(value, str) else [value]
 
 
 def _match(paths: Iterable[str], names: list[str]) -> list[str]:
@@ -883,16 +887,21 @@ class State:
                 setattr(self.model, name, getattr(self, name))
                 self.overridden.append((self.model, name))
 
-    def save_pretrained(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's files, and the router's beside them: also what a Trainer's checkpoints hold."""
-        type(self.model).save_pretrained(self.model, directory, *args, **kwargs)
-        save_adapter(self.model, directory)
+        type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+        save_adapter(self.model, save_directory)
 
-    def load_adapter(self, directory: str, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's method, by which a Trainer resumes: weights for an adapter that is there bring their router."""
-        there = adapter_name in self.model.peft_config
-        result = type(self.model).load_adapter(self.model, directory, adapter_name, *args, **kwargs)
-        if there and _files(directory, True)[0].is_file():
+        method = type(self.model).load_adapter
+        given = inspect.signature(method).bind(self.model, *args, **kwargs).arguments
+        name, folder = given.get("adapter_name") or "default", given.get("model_id", given.get("peft_model_id"))
+        there, folders = name in self.model.peft_config, [Path(folder or ".")]
+        if folders[0].name == name:  # where PEFT keeps an adapter that is not called "default"
+            folders.append(folders[0].parent)
+        result = method(self.model, *args, **kwargs)
+        for directory in [folder for folder in folders if there and _files(folder, True)[0].is_file()][:1]:
             load_adapter(self.model, directory)
         return result
 
@@ -919,7 +928,7 @@ def _find_blocks(model: nn.Module, blocks: dict[str, Iterable[int]] | None) -> d
     if blocks is None:
         found = language_blocks(model)
     else:
-        if not isinstance(blocks, dict):
+        if not isinstance(blocks, dict) or not all(isinstance(indices, Iterable) for indices in blocks.values()):
             raise ValueError(f"blocks={blocks!r}: must map class names to indices; there are {', '.join(classes)}")
         chosen = set()
         for name, indices in blocks.items():
@@ -930,6 +939,9 @@ def _find_blocks(model: nn.Module, blocks: dict[str, Iterable[int]] | None) -> d
                 raise ValueError(f"blocks: {wrong if paths else name!r} not in this model; {there}")
             chosen |= {paths[index] for index in indices}
         found = {path: module for path, module in modules.items() if path in chosen}
+        for path, block in found.items():
+            if {"input_ids", "pixel_values"} & inspect.signature(type(block).forward).parameters.keys():
+                raise ValueError(f"blocks: {type(block).__name__} {path!r} is a model, not a block of hidden states")
     if not found:
         raise ValueError(f"blocks={blocks!r} names no block of this model; there are {', '.join(classes) or 'none'}")
     return found
@@ -993,8 +1005,8 @@ def apply_monkeyjump(
     if _adapted(model):
         raise ValueError("this model carries Monkey Jump already: call remove_monkeyjump first")
     if isinstance(adapter, type) and issubclass(adapter, Adapter):
-        ADAPTERS[adapter.__name__] = adapter
-        settings["adapter"] = adapter.__name__
+        settings["adapter"] = next((name for name, kind in ADAPTERS.items() if kind is adapter), adapter.__name__)
+        ADAPTERS[settings["adapter"]] = adapter
     peft, layers = settings["adapter"] == "peft", list(filter(_is_peft, model.modules()))
     if peft != bool(layers):
         raise ValueError(f"adapter={adapter!r}: 'peft' is for models that carry PEFT adapters, and only it is for them")
@@ -1047,6 +1059,11 @@ def _plan(
 
 def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
     """Put routers and adapters, and the hooks through which they meet, where the plan says."""
+    made: dict[nn.Module, Adapter] = {}  # all of them before the model is touched, since making one may fail
+    for path, (routed, shared, _) in plan.items():
+        for layer in map(model.get_submodule(path).get_submodule, routed + shared):
+            if layer not in made:  # zamba's blocks share their attention
+                made[layer] = ADAPTERS[config.adapter](*features(layer), config, _device(layer))
     if torch._dynamo.config.skip_nnmodule_hook_guards:  # graphs compiled so far would not notice that hooks come
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()
@@ -1070,11 +1087,9 @@ def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
             state.text_stack = stack  # of an encoder-decoder the decoder, which comes last
         for name in routed + shared:
             layer, expert = block.get_submodule(name), routed.index(name) if name in routed else None
-            if isinstance(getattr(layer, "monkeyjump", None), Adapter):  # zamba's blocks share their attention
-                continue
-            made = ADAPTERS[config.adapter](*features(layer), config, _device(layer))
-            made.attach(layer, stack, expert, bool(FOREIGN.search(name)))
-            state.adapters[f"{path}.{name}"] = made
+            if layer in made:
+                state.adapters[f"{path}.{name}"] = made[layer]
+                made.pop(layer).attach(layer, stack, expert, bool(FOREIGN.search(name)))
         block.monkeyjump = state.routers[path] = Router(path, routed, width, stack, config, _device(block))
         block.monkeyjump.handles = [block.register_forward_pre_hook(block.monkeyjump.enter, with_kwargs=True)]
         stack.blocks.append(block)
@@ -1167,13 +1182,14 @@ def init_router_centers(
     model, (_, state) = model_or_trainer, _state(model_or_trainer)
     if rep_mode not in (None, state.config.rep_mode):
         raise ValueError(f"rep_mode={rep_mode!r}: the model was adapted with rep_mode={state.config.rep_mode!r}")
-    if not _int_from(1)(subset_size) or not _int_from(0)(kmeans_iters):
-        raise ValueError(f"subset_size={subset_size!r}, kmeans_iters={kmeans_iters!r}: must be integers >= 1 and >= 0")
+    if not (_int_from(1)(subset_size) and _int_from(0)(kmeans_iters) and _int_from(0)(seed)):
+        given = f"subset_size={subset_size!r}, kmeans_iters={kmeans_iters!r}, seed={seed!r}"
+        raise ValueError(f"{given}: must be integers >= 1, >= 0 and >= 0")
     if dataloader is None:
         raise ValueError("dataloader=None: only a Trainer brings its own batches")
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     wanted = -(-subset_size // world)
-    quota = -(-wanted // min(8, max(1, len(dataloader) if hasattr(dataloader, "__len__") else 8)))
+    quota = -(-wanted // min(8, max(1, operator.length_hint(dataloader, 8))))
     found_by: dict[str, list[Tensor]] = {name: [] for name, router in state.routers.items() if router.experts}
 
     def collect(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -1246,7 +1262,7 @@ def monkeyjump_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter file holds: all but AdaLoRA's importance, which only goes on training."""
     tensors = monkeyjump_state_dict(model).items()
-    return {name: t for name, t in tensors if not re.search(r"\.(sensitivity|uncertainty)_", name)}
+    return {name: t for name, t in tensors if not re.search(r"\.(sensitivity|uncertainty)_lora_[ABE]$", name)}
 
 
 def _files(directory: str | os.PathLike[str], peft: bool) -> tuple[Path, Path]:
@@ -1264,7 +1280,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     config = _state(model)[1].config
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _saved(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _saved(model).items()}
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     os.makedirs(directory, exist_ok=True)
@@ -1450,6 +1466,8 @@ def allocate_ranks(
     if not 0 < target_rank <= rank or not 0 <= initial_steps < last <= total_steps:
         given = f"target_rank={target_rank}, initial_steps={initial_steps}, final_steps={final_steps}"
         raise ValueError(f"{given}: need 0 < target_rank <= {rank}, initial + final steps < total_steps={total_steps}")
+    if not (interval >= 1 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"interval={interval}, beta1={beta1}, beta2={beta2}: must be >= 1, in [0, 1) and in [0, 1)")
     scores = []
     for adapter in adapters:
         score = {}

@@ -965,6 +965,19 @@ def test_no_step_asks_the_device_for_a_value():
 # ----------------------------------------------------------------------------------------------- promise 10: precision
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_trains_on_and_its_centers_stay_float32(dtype):
+    model = adapted("lora", centered=True, min_share=0.1).to(dtype).train()
+    before = centers(model)
+    for seed in range(3):
+        model(batch(seed=seed), labels=batch(seed=seed)).loss.backward()
+    after = centers(model)
+    assert all(p.grad is not None and p.dtype == dtype for p in trained(model).values())
+    for name, moved in after.items():
+        assert moved.dtype == torch.float32 and not torch.equal(moved, before[name])
+        torch.testing.assert_close(moved.norm(dim=-1), torch.ones(len(moved)))
+
+
 @pytest.mark.parametrize("adapter", OWN_ADAPTERS)
 def test_adapters_stay_float32_over_a_bf16_base_and_kept_activations_stay_bf16(adapter):
     model = adapted(adapter, tiny_llama().to(torch.bfloat16), dropout=0.0).train()
@@ -1151,6 +1164,10 @@ def test_another_config_than_the_applied_one_is_refused(tmp_path):
         ({"blocks": {"LlamaDecoderLayer": [-1]}}, "indices of LlamaDecoderLayer are 0 to 1"),
         ({"blocks": {}}, "names no block of this model"),
         ({"blocks": ["LlamaDecoderLayer"]}, "must map class names to indices"),
+        ({"blocks": {"LlamaDecoderLayer": 2}}, "must map class names to indices"),
+        ({"blocks": {"LlamaModel": [0]}}, "LlamaModel 'model' is a model, not a block"),
+        ({"linears": 5}, r"linears=\[5\]: \[5\] not in these blocks"),
+        ({"adapter": mj.PeftAdapter}, "'peft' is for models that carry PEFT adapters"),
         ({"linears": ["q_proj", "qkv"]}, r"linears.*\['qkv'\] not in these blocks; there are mlp.down_proj"),
         ({"linears": []}, "top_k=2: at most 0"),
         ({"shared_expert": "gate"}, r"shared_expert.*\['gate'\] not in these blocks"),
@@ -1163,6 +1180,31 @@ def test_bad_input_is_refused_before_anything_is_touched(settings, message):
         apply_monkeyjump(base, **settings)
     assert set(base.state_dict()) == names and [p.requires_grad for p in base.parameters()] == flags
     assert torch.equal(base(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_an_adapter_that_cannot_be_made_leaves_the_model_as_it_was(tmp_path):
+    class OnlySquare(mj.LoRA):
+        def __init__(self, in_features, out_features, config, device):
+            super().__init__(in_features, out_features, config, device)
+            if in_features != out_features:
+                raise RuntimeError("not square")
+
+    base = tiny_llama()
+    names, flags = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    with pytest.raises(RuntimeError, match="not square"):
+        apply_monkeyjump(base, adapter=OnlySquare)  # q_proj is square and comes first, k_proj is not
+    del mj.ADAPTERS["OnlySquare"]
+    assert list(base.state_dict()) == names and [p.requires_grad for p in base.parameters()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"beta1": 1.0}, {"beta2": float("nan")}, {"target_rank": 3}])
+def test_a_wrong_schedule_is_refused_before_any_importance_moves(wrong):
+    model = adapted("adalora")
+    model(batch(), labels=batch()).loss.backward()
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        allocate_ranks(model, 10, 10, **{"target_rank": 1, **wrong})
+    assert not any(b.any() for n, b in model.named_buffers() if "sensitivity" in n)
 
 
 def test_what_needs_an_adapted_model_says_so():
@@ -1184,6 +1226,19 @@ def test_what_needs_an_adapted_model_says_so():
 
 
 # -------------------------------------------------------------------------------------------------------- k-means init
+
+
+def test_a_stream_without_a_length_serves_kmeans_too():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from batch(24)
+
+    found = []
+    for data in (Stream(), list(batch(24))):
+        model = adapted("lora")
+        init_router_centers(model, torch.utils.data.DataLoader(data, batch_size=3), subset_size=32, kmeans_iters=3)
+        found.append(centers(model))
+    assert_same(*found, atol=0, rtol=0)
 
 
 def test_the_published_quick_start_runs_as_it_stands(tmp_path):
@@ -2276,11 +2331,27 @@ def test_a_peft_checkpoint_holds_its_router(tmp_path, name, is_trainable):
         for router in monkeyjump._state(again)[1].routers.values():
             router.centers.neg_()
     assert not torch.equal(logits(again), logits(fast))
-    again.load_adapter(tmp_path, "default")  # as a Trainer resumes
+    again.load_adapter(model_id=tmp_path, adapter_name="default")  # as a Trainer resumes
     assert torch.equal(logits(again), logits(fast))
+    again.save_pretrained(save_directory=tmp_path / "by keyword")
+    assert (tmp_path / "by keyword" / "router_model.safetensors").is_file()
     centers = monkeyjump.monkeyjump_state_dict(again)
     again.load_adapter(tmp_path, "other")  # one more adapter: the router stays
     assert all(torch.equal(value, centers[n]) for n, value in monkeyjump.monkeyjump_state_dict(again).items())
+
+
+def test_the_router_of_an_adapter_with_a_name_of_its_own_comes_back_with_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(plain_llama(), peft.LoraConfig(r=4, target_modules=ATTENTION), adapter_name="mine")
+    model = routed(shake(model))
+    expected = monkeyjump.monkeyjump_state_dict(model)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    model.save_pretrained(tmp_path)
+    for router in monkeyjump._state(model)[1].routers.values():
+        router.centers.neg_()
+    model.load_adapter(tmp_path / "mine", "mine", is_trainable=True)  # as a Trainer resumes
+    found = monkeyjump.monkeyjump_state_dict(model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
 
 
 def test_a_trainer_resumes_a_routed_peft_model_with_its_router(tmp_path):
@@ -2395,6 +2466,27 @@ class Bottleneck(Adapter):
 
     def delta(self, x, base):
         return F.linear(F.relu(F.linear(self.dropout(x), self.down.to(x.dtype))), self.up.to(x.dtype))
+
+
+class OneDown(Bottleneck):
+    """All projections share one matrix, and one parameter has a name that AdaLoRA's buffers have too."""
+
+    shared = {}
+
+    def __init__(self, in_features, out_features, config, device):
+        super().__init__(in_features, out_features, config, device)
+        self.down = self.shared.setdefault(in_features, self.down)
+        self.sensitivity_gain = nn.Parameter(torch.ones(()))
+
+    def delta(self, x, base):
+        return self.sensitivity_gain * super().delta(x, base)
+
+
+def test_an_adapter_with_shared_and_oddly_named_parameters_is_saved_whole(tmp_path):
+    model = shake(apply_monkeyjump(plain_llama(), adapter=OneDown, rank=3, **ROUTING)).eval()
+    save_adapter(model, tmp_path)
+    OneDown.shared.clear()
+    assert torch.equal(logits(load_adapter(plain_llama().eval(), tmp_path)), logits(model))
 
 
 def test_a_users_own_adapter_is_routed_saved_and_loaded(tmp_path):
@@ -2666,7 +2758,7 @@ def test_example_trains_compiled_on_plain_text_from_parquet(tiny: Path, tmp_path
 
 WRONG = {
     "no data": (["--dataset", ""], "--dataset is missing"),
-    "another adapter's checkpoint": (["--resume_from_checkpoint", "{tmp}/taken"], "adapter_model.safetensors"),
+    "another adapter's checkpoint": (["--resume_from_checkpoint", "{tmp}/other"], "adapter_model.safetensors"),
     "unknown adapter": (["--adapter", "dora"], "invalid choice: 'dora'"),
     "unknown mode": (["--rep_mode", "first"], "invalid choice: 'first'"),
     "unknown flag": (["--lerning_rate", "1"], "--lerning_rate"),
@@ -2681,16 +2773,34 @@ WRONG = {
     "too long everywhere": (["--max_length", "3"], "--max_length is 3"),
     "nothing to resume": (["--resume_from_checkpoint", "last"], "no complete checkpoint"),
     "broken JSON": (["--dataset", "{tmp}/broken.jsonl"], "JSON"),
+    "an empty file": (["--dataset", "{tmp}/nothing.jsonl"], "nothing.jsonl: no rows"),
+    "rows that are lists": (["--dataset", "{tmp}/lists.jsonl"], "no usable row"),
+    "no such split": (["--dataset", "{tmp}/saved", "--eval_split", "test"], "no split 'test'; it has train"),
+    "answers to plain text": (["--text_column", "prompt", "--eval_accuracy"], "--text_column has no answers"),
+    "fewer samples than experts": (["--kmeans_samples", "2"], "2 representations for 4 experts"),
+    "a rank above the rank": (["--adapter", "adalora", "--target_rank", "5"], "--target_rank 5.0"),
+    "no tokens": (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+    "a file as the folder": (["--output_dir", "{tmp}/empty.jsonl/out"], "empty.jsonl is a file"),
+    "a bad optimizer": (["--report_to", "nonsense"], "nonsense"),
+    "a folder without a checkpoint": (["--resume_from_checkpoint", "{tmp}/saved"], "there is no checkpoint"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_example_refuses_wrong_use_in_one_line_and_writes_nothing(case: str, tiny: Path, tmp_path: Path, capfd) -> None:
+    import datasets
+
     write_rows(tmp_path / "empty.jsonl", [{"prompt": "a", "answer": ""}, {"prompt": "b", "answer": None}])
     write_rows(tmp_path / "images.jsonl", [{"prompt": "a", "answer": "b", "image": "c.png"}])
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "adapter_config.json").write_text("{}")
+    (tmp_path / "taken" / "checkpoint-best").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "trainer_state.json").write_text("{}")
+    (tmp_path / "nothing.jsonl").write_text("")
+    write_rows(tmp_path / "lists.jsonl", [{"prompt": "a", "answer": ["b", "c"]}])
+    datasets.Dataset.from_list([{"prompt": "a", "answer": "b"}] * 4).save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
     flags, expected = WRONG[case]
     flags = [flag.format(tmp=tmp_path) for flag in flags]
@@ -2701,7 +2811,7 @@ def test_example_refuses_wrong_use_in_one_line_and_writes_nothing(case: str, tin
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2
     assert error.startswith("train_example.py: error: ") and expected in error, error
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(path for path in tmp_path.rglob("*") if path != tmp_path / "out") == before  # an empty folder at most
 
 
 @pytest.fixture(scope="session")

@@ -224,6 +224,8 @@ class Chat:
         starts = ends - torch.tensor([[row["answer_length"]] for row in rows])
         places = torch.arange(batch["input_ids"].shape[1])
         batch["labels"] = batch["input_ids"].where((places >= starts) & (places < ends), -100)
+        if self.options.rep_mode == "prompt_end":  # label smoothing takes the labels away
+            batch["prompt_end"] = (starts[:, 0] - 1).clamp(min=0)
         return batch
 
     def measure(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +239,7 @@ class Chat:
                 raise ValueError(f"has an answer of {answer} tokens, --max_length is {limit}")
             if self.vision and limit < (length := self.batch([row])["input_ids"].shape[1]):
                 raise ValueError(f"has {length} tokens with its images, --max_length is {limit}")
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except Exception as error:  # of the row, its chat template, or its images, wherever they are
             return {"answer_length": 0, "problem": str(error) or type(error).__name__}
         return {"answer_length": answer, "problem": ""}
 
@@ -258,13 +260,16 @@ def load_rows(chat: Chat, training: TrainingArguments) -> tuple[datasets.Dataset
     options, path = chat.options, Path(chat.options.dataset)
 
     def load(split: str) -> datasets.Dataset:
-        if path.suffix in FORMATS:
+        if path.suffix in FORMATS and path.stat().st_size:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             rows = datasets.load_from_disk(str(path))
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            splits = rows if isinstance(rows, datasets.DatasetDict) else {"train": rows}
+            if split not in splits:
+                raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
+            rows = splits[split]
         else:
-            rows = datasets.load_dataset(options.dataset, split=split)
+            rows = [] if path.is_file() else datasets.load_dataset(options.dataset, split=split)
         if not len(rows):
             raise ValueError(f"{options.dataset}: no rows")
         wanted = [options.text_column] if options.text_column else [options.prompt_column, options.answer_column]
@@ -360,6 +365,7 @@ def predict(model: Any, chat: Chat, rows: list[dict[str, Any]]) -> list[str]:
                              pad_token_id=chat.tokenizer.pad_token_id)  # fmt: skip
         answers = chat.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+    rows = [{**row, "choices": [str(choice).strip() for choice in row["choices"]]} for row in rows]
     spans = [[chat.answer_tokens(chat.answered(row, choice)) for choice in row["choices"]] for row in rows]
     if all(len({tuple(span[1:]) for span in row}) == 1 for row in spans):  # they differ in one token: one forward a row
         batch = chat.batch(rows, prompt_only=True).to(model.device)
@@ -368,12 +374,14 @@ def predict(model: Any, chat: Chat, rows: list[dict[str, Any]]) -> list[str]:
         scores = [logits[i, [span[0] for span in row]] for i, row in enumerate(spans)]
     else:
         candidates = [chat.answered(row, choice) for row in rows for choice in row["choices"]]
-        batch = chat([{**row, **chat.measure(row)} for row in candidates]).to(model.device)
+        candidates = [{**row, **chat.measure(row)} for row in candidates]
+        batch = chat(candidates).to(model.device)
         labels = batch["labels"][:, 1:]  # given to the model too: they tell rep_mode="prompt_end" where the prompt ends
         known = labels != -100
         logits = model(**batch).logits[:, :-1][known].float()
         loss = torch.zeros(known.shape, device=logits.device)
         loss[known] = torch.nn.functional.cross_entropy(logits, labels[known], reduction="none")
+        loss[torch.tensor([bool(row["problem"]) for row in candidates])] = torch.inf  # too long, or empty
         scores = (-loss.sum(dim=1)).split([len(row["choices"]) for row in rows])
     return [row["choices"][int(score.argmax())] for row, score in zip(rows, scores, strict=True)]
 
@@ -407,7 +415,8 @@ def routing_table(routing: dict[str, dict[str, Any]]) -> str:
 
 def last_checkpoint(directory: str) -> str:
     """The newest complete checkpoint: trainer_state.json is written last, so a killed save lacks it or cuts it."""
-    for path in sorted(Path(directory).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[-1])):
+    found = [path for path in Path(directory).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.split("-")[-1])):
         with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
@@ -500,8 +509,18 @@ def check(options: Options, training: TrainingArguments) -> None:
             raise ValueError(f"--{name} {value}: no such file or folder")
     if options.load_in_4bit and not find_spec("bitsandbytes"):
         raise ValueError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    if options.text_column and (options.eval_accuracy or options.generate):
+        raise ValueError("--text_column has no answers: --eval_accuracy and --generate need prompts")
+    for name, low in {"kmeans_samples": 0, "max_new_tokens": 1}.items():
+        if getattr(options, name) < low:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be at least {low}")
+    output = Path(training.output_dir)
+    if files := [path for path in (output, *output.parents) if path.is_file()]:
+        raise ValueError(f"--output_dir {output}: {files[0]} is a file")
     if training.resume_from_checkpoint in ("True", "true", "last"):
         training.resume_from_checkpoint = last_checkpoint(training.output_dir)
+    elif (chosen := training.resume_from_checkpoint) is not None and not Path(chosen, "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {chosen}: there is no checkpoint")
     if options.eval_only or options.generate or options.overwrite_output_dir or training.resume_from_checkpoint:
         return
     if found := [p for p in Path(training.output_dir).glob("*") if p.name.startswith(("adapter_", "checkpoint-"))]:
@@ -567,8 +586,13 @@ def main(argv: list[str] | None = None) -> None:
 
     if PartialState().is_main_process:
         mj.print_trainable_parameters(model)
-    trainer = MonkeyJumpTrainer(model, training, data_collator=chat, train_dataset=train_rows, eval_dataset=eval_rows)
-    adalora = any(name.endswith("lora_E") for name, _ in model.named_parameters())
+    ranks = [len(parameter) for name, parameter in model.named_parameters() if name.endswith("lora_E")]
+    adalora = bool(ranks)
+    with errors_in_one_line():
+        if adalora and not 0 < options.target_rank <= sum(ranks) / len(ranks):
+            raise ValueError(f"--target_rank {options.target_rank}: must be above 0, at most {sum(ranks) / len(ranks)}")
+        sets = {"train_dataset": train_rows, "eval_dataset": eval_rows}
+        trainer = MonkeyJumpTrainer(model, training, data_collator=chat, **sets)
     trainer.orthogonal_weight = options.orthogonal_weight if adalora else 0.0
     trainer.add_callback(MonkeyJumpCallback(options.target_rank if adalora else None))
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -586,7 +610,8 @@ def main(argv: list[str] | None = None) -> None:
     if not options.eval_only:
         fresh = not (options.adapter_path or training.resume_from_checkpoint)
         if options.kmeans_samples and fresh:
-            mj.init_router_centers(trainer, subset_size=options.kmeans_samples, seed=training.seed)
+            with errors_in_one_line():
+                mj.init_router_centers(trainer, subset_size=options.kmeans_samples, seed=training.seed)
         if options.overwrite_output_dir and not training.resume_from_checkpoint and trainer.is_world_process_zero():
             for old in Path(training.output_dir).glob("checkpoint-*"):
                 shutil.rmtree(old)
