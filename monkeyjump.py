@@ -110,12 +110,12 @@ class MonkeyJumpConfig:
 
 
 def unit(x: Tensor, mean: Tensor | None = None) -> Tensor:
-    """x [..., D] -> its direction, of length 1 and at least float32; zero where x is zero or not finite.
+    """x [..., D] -> its direction, of length 1 and at least float32; zero where x is zero (or too small) or not finite.
 
     With mean [D], the direction as seen from there: unit(unit(x) - mean), still zero where x has none.
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num_(0.0)
+    direction = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num_(0.0, 0.0, 0.0)
     return direction if mean is None else unit((direction - mean) * direction.any(dim=-1, keepdim=True))
 
 
@@ -440,6 +440,10 @@ class Router(nn.Module):
             self.reset()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.reset()  # what was seen belongs to the centers that are gone
+
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the block."""
         stack = self.stack
@@ -447,6 +451,8 @@ class Router(nn.Module):
             return
         if stack.tape is not None and stack.tape.replay is not None:  # a recomputation: the first pass's routing
             stack.call = next(stack.tape.replay)
+            if stack.call is not None and self.config.jitter_noise and self.training:  # dropout comes after it
+                torch.empty_like(stack.call.gates, dtype=torch.float32).uniform_()
             return
         if not stack.enabled:
             stack.call = None
@@ -478,17 +484,19 @@ class Router(nn.Module):
         """Route one call of the block; in training, add what it saw to the statistics."""
         stack, config = self.stack, self.config
         with torch.autocast(hidden.device.type, enabled=False):
-            centers, gates = stack.centers[self.name], stack.kept_gates(self.name, hidden)
-            if gates is None:
+            centers, kept = stack.centers[self.name], stack.kept_gates(self.name, hidden)
+            gates = kept
+            if kept is None or isinstance(stack.empty, Tensor):
                 jitter = config.jitter_noise if self.training else 0.0
                 gates, experts = route(representations, centers, config.top_k, config.temperature, jitter)
-                if stack.collecting:
+                if stack.collecting and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
                     flat = [None if t is None else t.flatten(0, 1) for t in (representations, experts, gates, valid)]
                     self.statistics.add_(cluster_statistics(*flat))
                     if config.min_share:
                         worst = worst_served(flat[0], centers, flat[3])
                         self.worst.copy_(torch.where(worst[-1] > self.worst[-1], worst, self.worst))
                 gates = (gates * stack.scale).to(hidden.dtype)
+                gates = gates if kept is None else torch.where(stack.empty, gates, kept)
             stack.gates[self.name] = gates
             return Call(self.name, gates, hidden.shape[1], centers, self.mean)
 
@@ -501,6 +509,7 @@ class Stack:
         self.blocks: list[nn.Module] = []
         self.checkpointed: list[nn.Module] = [owner]  # what may have a checkpoint: blocks, in zamba2 parts of them
         self.enabled, self.collecting, self.routed_ahead, self.streams_first = True, False, False, False
+        self.empty: bool | Tensor = False  # whether the cache, a static one, is
         self.call: Call | None = None  # of the block that is running
         self.tape: Tape | None = None  # of the checkpointed function that is running
         self.gates: dict[str, Tensor] = {}  # of this pass, by block, as are the centers
@@ -529,6 +538,7 @@ class Stack:
         self.cache = None
         for name in CACHE_NAMES:
             self.cache = kwargs.get(name) if self.cache is None else self.cache
+        self.empty = self.config.rep_mode != "token" and _is_empty(self.cache)
         self.real, self.gates = None, {}
         self.collecting = self.enabled and owner.training and torch.is_grad_enabled()
         self.centers = self.current_centers(owner.monkeyjump_forwards if self.collecting else None)
@@ -582,16 +592,17 @@ class Stack:
     def kept_gates(self, block: str, hidden: Tensor) -> Tensor | None:
         """The prompt's gates [B, 1, E] for a token that is decoded after it, in the sequence modes."""
         # Departure: decoding keeps the prompt's routing; the authors route each new token as a sequence of its own.
-        if self.config.rep_mode == "token" or hidden.shape[1] > 1 or self.cache is None:
+        if self.config.rep_mode == "token" or hidden.shape[1] > 1 or self.cache is None or self.empty is True:
             return None
         gates = getattr(self.cache, "monkeyjump_gates", {}).get(block)
         return gates if gates is not None and gates.shape[0] == hidden.shape[0] else None
 
     def leave(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the module that runs the blocks: the gates live and die with the cache."""
-        if self.config.rep_mode == "token" or owner.training:
+        given, self.cache = self.cache, None  # not to be kept alive
+        if self.config.rep_mode == "token" or self.collecting:
             return
-        found = [self.cache, *(getattr(output, name, None) for name in CACHE_NAMES)]
+        found = [given, *(getattr(output, name, None) for name in CACHE_NAMES)]
         if isinstance(output, tuple):
             found += [item for item in output if hasattr(item, "get_seq_length")]
         for cache in [cache for cache in found if cache is not None][:1]:
@@ -613,7 +624,7 @@ class Stack:
                 if dist.is_available() and dist.is_initialized():
                     dist.all_reduce(statistics)
                 sums, gates = statistics.split([centers.shape[-1], centers.shape[-2]], dim=-1)
-                cosines = einsum(sums, centers, "l e d, l e d -> l e")
+                cosines = reduce(sums * centers, "l e d -> l e", "sum")
                 counts = reduce(gates, "l e g -> l e", "sum")
                 centers = ema_update(centers, sums, counts, self.config.ema_momentum)
                 if self.config.min_share:
@@ -700,14 +711,14 @@ def real_tokens(mask: Any, hidden: Tensor) -> Tensor | None:
     if isinstance(mask, dict):
         masks = [m for m in mask.values() if m is not None]
         mask = next((m for m in masks if _is_2d(m)), masks[0] if masks else None)
-    if mask is None:
+    if not isinstance(mask, Tensor):  # none, or flex attention's BlockMask
         return None
     mask = mask[:, None] if mask.dim() == 3 else mask  # CPM-Ant's own [B, T, T]
     batch, tokens = hidden.shape[:2]
     if _is_2d(mask) and mask.shape[0] == batch:  # a narrower mask: the model put tokens of its own in front (CPM-Ant)
         return F.pad(mask != 0, (max(0, tokens - mask.shape[1]), 0), value=True)[:, -tokens:]
     if mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, tokens):
-        lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0  # additive, or 1 for allowed
+        lowest = -5e3 if mask.is_floating_point() else 0  # additive (-1e4 or less hides), or 1 for allowed
         allowed = mask[:, 0] > lowest  # [B, T, S]
         # A real token may attend to itself, a padded one may not: read the diagonal. It ends with the last column, or,
         # with a static cache, which is wider, where the last token's row ends.
@@ -827,6 +838,14 @@ def _is_2d(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
 
 
+def _is_empty(cache: Any) -> bool | Tensor:
+    """Of a static cache, which serves one generation after the other; only the device knows how far it is filled."""
+    try:
+        return getattr(cache, "is_compileable", False) and cache.get_seq_length() == 0
+    except ValueError:  # states alone have no length
+        return False
+
+
 def _argument_index(module: nn.Module, name: str) -> int | None:
     names = list(inspect.signature(module.forward).parameters)
     return names.index(name) if name in names else None
@@ -940,7 +959,7 @@ def _find_blocks(model: nn.Module, blocks: dict[str, Iterable[int]] | None) -> d
             chosen |= {paths[index] for index in indices}
         found = {path: module for path, module in modules.items() if path in chosen}
         for path, block in found.items():
-            if {"input_ids", "pixel_values"} & inspect.signature(type(block).forward).parameters.keys():
+            if {"input_ids", "pixel_values"} & {*list(inspect.signature(type(block).forward).parameters)[:2]}:
                 raise ValueError(f"blocks: {type(block).__name__} {path!r} is a model, not a block of hidden states")
     if not found:
         raise ValueError(f"blocks={blocks!r} names no block of this model; there are {', '.join(classes) or 'none'}")
@@ -1072,7 +1091,7 @@ def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
         state.override()
     else:
         model.requires_grad_(False)
-    text = {id(block) for block in language_blocks(model).values()}
+    text = next(reversed(language_blocks(model)), "").rpartition(".")[0]  # of an encoder-decoder, the decoder's blocks
     for path, (routed, shared, width) in plan.items():
         if not routed and not shared:
             continue
@@ -1083,8 +1102,8 @@ def _wire(model: nn.Module, plan: Plan, config: MonkeyJumpConfig) -> None:
             stacks[owner] = Stack(model.get_submodule(owner), config)
         stack = stacks[owner]
         stack.streams_first = hasattr(block, "altup")
-        if id(block) in text:
-            state.text_stack = stack  # of an encoder-decoder the decoder, which comes last
+        if path.rpartition(".")[0] == text:
+            state.text_stack = stack
         for name in routed + shared:
             layer, expert = block.get_submodule(name), routed.index(name) if name in routed else None
             if layer in made:
@@ -1240,6 +1259,7 @@ def init_router_centers(
         router.centers.copy_(centers)
         if state.config.centered:
             router.mean.copy_(mean)
+        router.reset()
 
 
 def _run(model: nn.Module, batch: Any) -> None:

@@ -7,6 +7,7 @@ import ast
 import copy
 import csv
 import functools
+import gc
 import inspect
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +34,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
+    StaticCache,
     Trainer,
     TrainingArguments,
 )
@@ -272,6 +276,12 @@ def test_statistics_count_finite_real_vectors_only():
         expected[best[n], :6] += naive_unit(raw[n])
         expected[best[n], 6:] += gates[n].double()
     torch.testing.assert_close(statistics.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_direction_too_small_for_a_norm_counts_as_none():
+    x = torch.tensor([[1e-30, -2e-30], [3.0, 4.0], [float("inf"), 1.0], [float("nan"), 1.0], [0.0, 0.0]])
+    expected = torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(mj.unit(x), expected)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.2, 0.9, 1.0])
@@ -527,7 +537,7 @@ def test_a_mask_that_fits_no_token_axis_is_refused():
         mj.real_tokens(torch.ones(3, 9), torch.zeros(2, 9, 4))
 
 
-@pytest.mark.parametrize("kind", ["bool", "additive", "static", "static past", "dict"])
+@pytest.mark.parametrize("kind", ["bool", "additive", "additive -1e9", "static", "static past", "dict"])
 def test_padding_is_read_from_four_dimensional_masks(kind):
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]).bool()
     past = 3 if kind == "static past" else 0
@@ -536,11 +546,25 @@ def test_padding_is_read_from_four_dimensional_masks(kind):
     if "static" in kind:
         allowed = F.pad(allowed, (0, 6))
     mask = allowed[:, None]
-    if kind == "additive":
-        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    if "additive" in kind:
+        mask = torch.where(mask, 0.0, -1e9 if "1e9" in kind else torch.finfo(torch.float32).min)
     if kind == "dict":
         mask = {"sliding_attention": None, "full_attention": mask}
     assert torch.equal(mj.real_tokens(mask, torch.zeros(3, 5, 4)), real)
+
+
+def test_a_mask_that_is_no_tensor_says_nothing_of_padding():
+    assert mj.real_tokens(object(), torch.zeros(3, 5, 4)) is None  # flex attention's BlockMask
+
+
+def test_an_encoder_adapted_alone_knows_nothing_of_the_decoders_mask():
+    model = tiny_model("t5")
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ == "T5Block"]
+    encoder = [index for index, name in enumerate(blocks) if name.startswith("encoder")]
+    apply_monkeyjump(model, blocks={"T5Block": encoder}).train()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+    model(input_ids=batch(), decoder_input_ids=batch(2, 6), decoder_attention_mask=mask)
+    assert {seen["count"] for seen in router_statistics(model).values()} == {18}
 
 
 def test_prompt_end_is_given_or_before_the_first_label_or_the_last_real_token():
@@ -703,6 +727,21 @@ def test_router_statistics_count_what_the_experts_received():
     assert router_statistics(model)["model.layers.1"]["count"] == 18
 
 
+@pytest.mark.parametrize("how", ["loaded", "by k-means"])
+def test_new_centers_are_not_moved_by_what_was_seen_before_them(tmp_path, how):
+    model = adapted("lora", ema_momentum=0.3).train()
+    save_adapter(model, tmp_path)
+    model(input_ids=batch(seed=1), labels=batch(seed=1))
+    if how == "loaded":
+        load_adapter(model, tmp_path)
+        model.model.monkeyjump_forwards.add_(1)  # as if saved later: the next forward moves the centers
+    else:
+        init_router_centers(model, [batch(seed=2), batch(seed=3)])
+    before = centers(model)
+    model(input_ids=batch(seed=4), labels=batch(seed=4))
+    assert_same(centers(model), before, atol=1e-6, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------ promise 6: checkpointing
 
 
@@ -732,6 +771,36 @@ def test_checkpointing_changes_neither_gradients_nor_centers(reentrant, mode, in
         results.append(train(model, [batch(seed=s) for s in range(4)], mask=mask, also=others))
     for plain, checkpointed in zip(*results, strict=True):
         assert_same(plain, checkpointed, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_drops_what_the_first_pass_dropped_whatever_noise_the_router_drew(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("lora", jitter_noise=0.3, dropout=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in trained(model).items()})
+    assert_same(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_a_recomputation_by_torchs_own_wrapper_is_not_counted_again():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    gradients, counts = [], []
+    for checkpointing in (False, True):
+        model = adapted("lora", tiny_llama(use_cache=False)).train()
+        layers, parameters = model.model.layers, trained(model)
+        for index in range(len(layers)) if checkpointing else ():
+            layers[index] = checkpoint_wrapper(layers[index])
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        gradients.append({name: p.grad for name, p in parameters.items()})
+        counts.append([seen["count"] for seen in router_statistics(model).values()])
+    assert_same(*gradients, atol=1e-6, rtol=1e-5)
+    assert counts == [[18, 18], [18, 18]]
 
 
 def test_a_backward_pass_inside_disabled_adapters_recomputes_with_them():
@@ -899,6 +968,42 @@ def test_a_new_turn_on_an_old_cache_is_routed_by_itself():
     with torch.no_grad():
         first = model(batch(1, 4, seed=8), use_cache=True).past_key_values.monkeyjump_gates["model.layers.0"]
     torch.testing.assert_close(turn, first)  # block 0 sees embeddings: the turn's own last token
+
+
+@pytest.mark.parametrize("mode", ["last", "mean"])
+def test_generating_in_training_mode_keeps_the_prompts_routing_too(mode):
+    model = adapted("lora", rep_mode=mode)
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.eval().generate(batch(), **settings).logits
+    torch.testing.assert_close(model.train().generate(batch(), **settings).logits, expected)
+
+
+def test_a_static_cache_that_starts_anew_keeps_no_routing_of_the_generation_before():
+    model = adapted("lora", rep_mode="last")
+
+    @torch.no_grad()
+    def second_token(cache, first):  # a prompt of one token looks like a token that is decoded
+        for position, token in enumerate([first, 7]):
+            where = {"cache_position": torch.tensor([position])}
+            output = model(torch.tensor([[token]]), past_key_values=cache, **where)
+        return output.logits
+
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    before = second_token(cache, 33)
+    cache.reset()
+    after = second_token(cache, 5)
+    torch.testing.assert_close(after, second_token(StaticCache(config=model.config, max_cache_len=16), 5))
+    assert not torch.allclose(before, after)
+
+
+def test_a_cache_is_not_kept_alive_nor_copied_with_the_model():
+    model, cache = adapted("lora"), DynamicCache()
+    model(batch(), past_key_values=cache)
+    copy.deepcopy(model)  # tensors with a graph cannot be copied
+    alive = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert alive() is None
 
 
 # ------------------------------------------------------------------------------------------------- promise 9: compile
@@ -1802,10 +1907,10 @@ def test_on_every_architecture_padding_is_invisible(model_type, rep_mode):
     if "position_ids" in inspect.signature(model.forward).parameters:
         padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
     padded, real = inputs | padded, slice(None if model.config.is_encoder_decoder else 3, None)
-    with disable_adapters(model):
-        base = unless_base_fails(lambda: logits_of(model, padded))[:, real]
-        if not torch.allclose(base, logits_of(model, inputs), atol=1e-5):
-            pytest.skip("sees padding without adapters, too")
+    plain = tiny_model(model_type)
+    base = unless_base_fails(lambda: logits_of(plain, padded))[:, real]
+    if not torch.allclose(base, logits_of(plain, inputs), atol=1e-5):
+        pytest.skip("sees padding without adapters, too")
     torch.testing.assert_close(logits_of(model, padded)[:, real], logits_of(model, inputs), atol=1e-4, rtol=1e-4)
 
 
@@ -1814,11 +1919,11 @@ def test_on_every_architecture_decoding_with_a_cache_gives_what_decoding_without
     model = adapted_tiny(model_type, top_k=1 if model_type == "jetmoe" else 2)  # which has one expert a block
     inputs = text_inputs(model)
     inputs["attention_mask"][0, :3] = 0
-    with disable_adapters(model):
-        cached = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=True))
-        uncached = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=False))
-        if not torch.allclose(cached, uncached, atol=1e-4):
-            pytest.skip("its cache changes its logits without adapters, too")
+    base = tiny_model(model_type)
+    cached = unless_base_fails(lambda: generated_logits(base, inputs, use_cache=True))
+    uncached = unless_base_fails(lambda: generated_logits(base, inputs, use_cache=False))
+    if not torch.allclose(cached, uncached, atol=1e-4):
+        pytest.skip("its cache changes its logits without adapters, too")
     cached, uncached = (generated_logits(model, inputs, use_cache=use_cache) for use_cache in (True, False))
     torch.testing.assert_close(cached, uncached, atol=1e-3, rtol=1e-3)
 
@@ -1828,8 +1933,8 @@ def test_on_every_architecture_decoding_with_a_cache_gives_what_decoding_without
 def test_on_every_architecture_the_sequence_modes_generate_and_train(model_type, rep_mode):
     model = adapted_tiny(model_type, rep_mode=rep_mode, top_k=1)
     inputs = text_inputs(model)
-    with disable_adapters(model):
-        unless_base_fails(lambda: generated_logits(model, inputs))
+    base = tiny_model(model_type)
+    unless_base_fails(lambda: generated_logits(base, inputs))
     assert generated_logits(model, inputs).isfinite().all()
     found = zoo_gradients(model.train(), inputs)
     assert found and all(gradient.isfinite().all() for gradient in found.values())
@@ -1913,8 +2018,8 @@ def test_a_static_cache_routes_a_padded_prompt_as_a_dynamic_cache_does(model_typ
     inputs = text_inputs(model)
     inputs["attention_mask"][0, :4] = 0
     dynamic = generated_logits(model, inputs)
-    with disable_adapters(model):
-        base = unless_base_fails(lambda: generated_logits(model, inputs, cache_implementation="static"))
+    plain = tiny_model(model_type)
+    base = unless_base_fails(lambda: generated_logits(plain, inputs, cache_implementation="static"))
     static = generated_logits(model, inputs, cache_implementation="static")
     torch.testing.assert_close(static, dynamic, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(static, base)
@@ -2873,6 +2978,24 @@ def test_example_trains_a_vision_language_model_on_images(tiny_vision: Path, tmp
     assert float(after) < 0.5 * float(before)
     assert float(next(line.split()[-1] for line in printed.splitlines() if line.startswith("accuracy"))) == 1.0
     assert "'red', right is 'red'" in printed and (out / "adapter_model.safetensors").exists()
+
+
+def test_example_compares_choices_as_text_and_never_takes_one_that_does_not_fit(tiny: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "base")
+    model = LlamaForCausalLM.from_pretrained(tiny / "base").eval()
+    chat = train_example.Chat(tokenizer, False, train_example.Options(max_length=40))
+    row = {"prompt": "a", "answer": "2", "choices": [1, " 23 ", "4" * 60, ""]}
+    assert train_example.predict(model, chat, [row])[0] in ("1", "23")
+    assert train_example.predict(model, chat, [{**row, "choices": [7]}]) == ["7"]
+
+
+def test_example_tells_where_the_prompt_ends_since_label_smoothing_takes_the_labels_away(tiny: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "base")
+    chat = train_example.Chat(tokenizer, False, train_example.Options(rep_mode="prompt_end"))
+    rows = [{"prompt": "a", "answer": "bcd"}, {"prompt": "efg", "answer": "h"}]
+    found = chat([{**row, **chat.measure(row)} for row in rows])
+    first = [next(i for i, label in enumerate(labels) if label != -100) for labels in found["labels"].tolist()]
+    assert found["prompt_end"].tolist() == [i - 1 for i in first]
 
 
 def test_example_never_trains_on_prompts_or_image_placeholders(tiny: Path, tiny_vision: Path) -> None:

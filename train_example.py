@@ -260,7 +260,9 @@ def load_rows(chat: Chat, training: TrainingArguments) -> tuple[datasets.Dataset
     options, path = chat.options, Path(chat.options.dataset)
 
     def load(split: str) -> datasets.Dataset:
-        if path.suffix in FORMATS and path.stat().st_size:
+        if path.is_file() and not path.stat().st_size:
+            rows = []
+        elif path.suffix in FORMATS:
             rows = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split=split)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             rows = datasets.load_from_disk(str(path))
@@ -269,7 +271,7 @@ def load_rows(chat: Chat, training: TrainingArguments) -> tuple[datasets.Dataset
                 raise ValueError(f"{path}: no split {split!r}; it has {', '.join(splits)}")
             rows = splits[split]
         else:
-            rows = [] if path.is_file() else datasets.load_dataset(options.dataset, split=split)
+            rows = datasets.load_dataset(options.dataset, split=split)
         if not len(rows):
             raise ValueError(f"{options.dataset}: no rows")
         wanted = [options.text_column] if options.text_column else [options.prompt_column, options.answer_column]
