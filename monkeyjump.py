@@ -842,7 +842,7 @@ def _is_empty(cache: Any) -> bool | Tensor:
     """Of a static cache, which serves one generation after the other; only the device knows how far it is filled."""
     try:
         return getattr(cache, "is_compileable", False) and cache.get_seq_length() == 0
-    except ValueError:  # states alone have no length
+    except (AttributeError, ValueError):  # states alone have no length
         return False
 
 

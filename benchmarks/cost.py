@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py                       # the table: kept bytes, aten calls, step times (float32, bf16)
     python benchmarks/cost.py --compile             # step times under torch.compile
-    python benchmarks/cost.py --inference           # prefill and cached decoding against the base model
+    python benchmarks/cost.py --inference           # prefill and cached decoding against the base model; --compile too
     python benchmarks/cost.py --scaling             # cost of routing against E, T, k and blocks; time of k-means
     python benchmarks/cost.py --device cuda         # times, peak memory and inference at Qwen2-0.5B's shape
     (--systems lora "PEFT LoRA" picks systems, --json FILE writes the figures as well; needs `pip install peft`)
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, StaticCache
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # monkeyjump.py lies beside this folder
 
@@ -288,15 +288,20 @@ def inference_table(args: argparse.Namespace, config: PretrainedConfig, batch: i
     models = {s: build(s, config, torch.bfloat16, args.device).eval() for s in systems}
 
     def prefill(model: nn.Module) -> Callable[[], None]:
-        return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        run = torch.compile(model) if args.compile else model
+        return lambda: run(input_ids=ids, use_cache=not args.compile, logits_to_keep=1)
 
     def decode(model: nn.Module, tokens: int = 16) -> Callable[[], None]:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        step = torch.compile(model) if args.compile else model
+        room = length + tokens * (args.rounds + 3)  # a static cache, which compiles once, has no crop: it goes on
+        cache = StaticCache(config=config, max_cache_len=room) if args.compile else None
+        cache = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
 
         def run() -> None:
             for _ in range(tokens):
-                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-            cache.crop(-tokens)
+                step(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            if not args.compile:
+                cache.crop(-tokens)
 
         return run
 
@@ -373,6 +378,7 @@ def main() -> None:
     if not args.scaling:
         header += f", {config.model_type} of {config.num_hidden_layers} blocks, batch {batch} x {length}"
     print(header, end="\n\n")
+    torch._dynamo.config.cache_size_limit = 64  # all systems share their code: past the limit they would run eagerly
     tables = {}
     if args.scaling:
         tables["scaling"] = scaling_table(args.rounds, args.device)
