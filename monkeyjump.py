@@ -535,9 +535,7 @@ class Stack:
         own, entry = _argument(args, kwargs, "attention_mask", self.mask_index), root.get("attention_mask")
         # Departure: padding by the 2-D mask at the model's entry; blocks see a 4-D mask or none.
         self.mask = entry if _is_2d(entry) and not _is_2d(own) else own
-        self.cache = None
-        for name in CACHE_NAMES:
-            self.cache = kwargs.get(name) if self.cache is None else self.cache
+        self.cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         self.empty = self.config.rep_mode != "token" and _is_empty(self.cache)
         self.real, self.gates = None, {}
         self.collecting = self.enabled and owner.training and torch.is_grad_enabled()
