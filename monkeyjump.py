@@ -484,8 +484,8 @@ class Router(nn.Module):
         """Route one call of the block; in training, add what it saw to the statistics."""
         stack, config = self.stack, self.config
         with torch.autocast(hidden.device.type, enabled=False):
-            centers, kept = stack.centers[self.name], stack.kept_gates(self.name, hidden)
-            gates = kept
+            centers = stack.centers[self.name]
+            gates = kept = stack.kept_gates(self.name, hidden)
             if kept is None or isinstance(stack.empty, Tensor):
                 jitter = config.jitter_noise if self.training else 0.0
                 gates, experts = route(representations, centers, config.top_k, config.temperature, jitter)
@@ -913,13 +913,13 @@ class State:
         """PEFT's method, by which a Trainer resumes: weights for an adapter that is there bring their router."""
         method = type(self.model).load_adapter
         given = inspect.signature(method).bind(self.model, *args, **kwargs).arguments
-        name, folder = given.get("adapter_name") or "default", given.get("model_id", given.get("peft_model_id"))
-        there, folders = name in self.model.peft_config, [Path(folder or ".")]
-        if folders[0].name == name:  # where PEFT keeps an adapter that is not called "default"
-            folders.append(folders[0].parent)
+        name = given.get("adapter_name") or "default"
+        there, folder = name in self.model.peft_config, Path(given.get("model_id", given.get("peft_model_id")) or ".")
+        if folder.name == name and not _files(folder, True)[0].is_file():
+            folder = folder.parent  # PEFT keeps an adapter that is not called "default" in a folder of its own
         result = method(self.model, *args, **kwargs)
-        for directory in [folder for folder in folders if there and _files(folder, True)[0].is_file()][:1]:
-            load_adapter(self.model, directory)
+        if there and _files(folder, True)[0].is_file():
+            load_adapter(self.model, folder)
         return result
 
 
