@@ -1,8 +1,8 @@
 """Monkey Jump: a mixture of experts made of the adapters that a Transformer block already has.
 
-A block adapted the usual way carries one adapter on each of several projections (q, k, v, o, ...). Monkey Jump calls
-them the experts and lets each token use only the top-k of them. The router has no trained parameter: it compares the
-block's input with one k-means center an expert, and the centers follow the data by an exponential moving average.
+A block usually carries one adapter on each of several projections (q, k, v, o, ...). Monkey Jump calls them experts
+and lets each token use only the top-k. The router is not trained: it compares the block's input with one k-means center
+an expert, and the centers follow the data by an exponential moving average.
 
     model(input_ids, attention_mask)
       RoutedModel         notes which tokens are real and where prompts end
@@ -11,13 +11,13 @@ block's input with one k-means center an expert, and the centers follow the data
     optimizer.step()      moves each center toward the mean of the directions that were nearest to it
 
     model = apply_monkeyjump(model, linears=["q_proj", "k_proj", "v_proj", "o_proj"], rank=2, top_k=2)
-    init_router_centers(model, dataloader)          # k-means on the data; then train as always
+    init_router_centers(model, dataloader)  # k-means on the data; then train as always
     save_adapter(model, "adapter");  model = load_adapter(base_model, "adapter")
 
-    B, T, D    batch, tokens, width of the block's input h     centers     [E, D], unit vectors, one an expert
-    E, top_k   experts of a block, experts used by a token     directions  [B, N, D], what is routed, of length 1
-    r          rank of an adapter                              gates       [B, N, E], top_k of them not 0, of sum 1
-    real       [B, T], False for padding                       gate        [B, N, 1], that of one expert
+    B, T, D     batch, tokens, width of h           centers     [E, D], unit vectors, one an expert
+    E           experts of a block                  directions  [B, N, D], what is routed, of length 1
+    real        [B, T], False: padding; None: all   gates       [B, N, E], top_k of them not 0, of sum 1
+    prompt_end  [B]; None: the last real token      gate        [B, N, 1], that of one expert
 
 Papers: Monkey Jump (Prottasha et al. 2026, arXiv 2601.06356), LoRA (Hu 2021, 2106.09685), LoRA-FA (Zhang 2023,
 2308.03303), AdaLoRA (Zhang 2023, 2303.10512), Propulsion (Kowsher 2024, 2409.10927). "Departure:" marks what differs
@@ -33,7 +33,6 @@ import inspect
 import json
 import math
 import operator
-import os
 import re
 import threading
 import weakref
@@ -48,104 +47,89 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# -------------------------------------------------- mathematics
-
+# -------------------- mathematics
 REP_MODES = ("token", "last", "mean", "prompt_end")
 Maybe = Tensor | None
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] -> its direction, of length 1, at least float32; zero where x is zero, too small or not finite."""
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)).nan_to_num_(0.0, 0.0, 0.0)
-
-
-def last_true(real: Tensor) -> Tensor:
-    """Index of the last True of each row: bool [B, T] -> int [B]; 0 if there is none."""
-    return real.int().cumsum(dim=1).argmax(dim=1)
+    """x [..., D] -> its direction, of length 1, at least float32; zero where x is zero, tiny or not finite."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x / norm).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def last_of_prompt(labels: Tensor, real: Tensor) -> Tensor:
     """The position before the first label: labels [B, T] (-100: nothing to learn), real [B, T] -> int [B]."""
     answer = (labels != -100) & real
     end = (answer.int().argmax(dim=1) - 1).clamp(min=real.int().argmax(dim=1))  # no prompt: the first real token
-    return torch.where(answer.any(dim=1), end, last_true(real))
+    return torch.where(answer.any(dim=1), end, real.int().cumsum(dim=1).argmax(dim=1))  # or the last True
 
 
 def represent(hidden: Tensor, mode: str, real: Maybe = None, prompt_end: Maybe = None) -> tuple[Tensor, Maybe]:
-    """What the router looks at (Monkey Jump, section 3): hidden [B, T, D] -> [B, N, D], and which are real [B, N].
-    N = T or 1. real: bool [B, T], None: all; prompt_end: int [B], None: the last real token."""
+    """What the router looks at (section 3): hidden [B, T, D] -> [B, N, D], N = T or 1, and which are real [B, N]."""
     if mode == "token":
         return hidden, real
     real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if real is None else real
-    some = real.any(dim=1, keepdim=True)
     if mode == "mean":
         weights = real / real.sum(dim=1, keepdim=True).clamp(min=1)
-        return einsum(hidden.float().masked_fill(~real[..., None], 0.0), weights, "b t d, b t -> b d")[:, None], some
-    # Departure: the last *real* token, wherever the padding is; the authors' code supposes it on the right.
-    position = prompt_end if mode == "prompt_end" and prompt_end is not None else last_true(real)
+        hidden = hidden.float().masked_fill(~real[..., None], 0.0)
+        return einsum(hidden, weights, "b t d, b t -> b d")[:, None], real.any(dim=1, keepdim=True)
+    # Departure: the last *real* token; the authors' code supposes that padding is on the right.
+    position = real.int().cumsum(dim=1).argmax(dim=1) if mode == "last" or prompt_end is None else prompt_end
     index = repeat(position.clamp(0, hidden.shape[1] - 1), "b -> b 1 d", d=hidden.shape[-1])
-    return hidden.gather(1, index), some
+    return hidden.gather(1, index), real.any(dim=1, keepdim=True)
 
 
 def route(
     directions: Tensor, centers: Tensor, top_k: int, temperature: float = 1.0, jitter_noise: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Directions [..., D], centers [E, D] -> gates [..., E], each row of sum 1, and the best expert [...] of each:
-    softmax over the cosines to all centers, cut to the top_k largest and divided by their sum (section 3)."""
-    logits = F.linear(directions, centers.to(directions.dtype)) / temperature
+    """Directions [..., D], centers [E, D] -> gates [..., E], a softmax cut to top_k, and each best expert [...]."""
+    logits = F.linear(directions, centers.to(directions.dtype))
+    logits = logits if temperature == 1.0 else logits / temperature
     if jitter_noise:
         logits = logits * torch.empty_like(logits).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
-    top, experts = logits.topk(min(top_k, centers.shape[0]), dim=-1)  # [..., k]; their softmax is p_e / sum of the k
+    top, experts = logits.topk(min(top_k, centers.shape[0]), dim=-1)  # [..., k]; their softmax is p_e / sum of top-k p
     return torch.zeros_like(logits).scatter(-1, experts, top.softmax(dim=-1)), experts[..., 0]
 
 
 def cluster_statistics(directions: Tensor, best: Tensor, gates: Tensor, real: Maybe) -> Tensor:
-    """What moves the centers: directions [N, D], best [N], gates [N, E], real [N] or None -> [E, D + E], for each
-    expert the sums of the directions assigned to it and of their gates, without padding and zero directions."""
-    counts = torch.linalg.vector_norm(directions, dim=-1)  # 1, or 0 where there is no direction
-    counts = counts if real is None else counts * real
-    assigned = torch.zeros_like(gates).scatter(-1, best[:, None], counts[:, None])  # [N, E]
-    return assigned.t() @ torch.cat([directions, gates], dim=-1)
+    """Directions [..., D], best expert [...], gates [..., E], real [...] -> their sums by best expert [E, D + E]."""
+    counts = torch.linalg.vector_norm(directions, dim=-1) * (1 if real is None else real)  # 0 or 1
+    assigned = torch.zeros_like(gates).scatter(-1, best[..., None], counts[..., None])  # [..., E]
+    return assigned.flatten(0, -2).t() @ torch.cat([directions, gates], dim=-1).flatten(0, -2)
 
 
 def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
     """c_e <- normalize(m c_e + (1 - m) mean_e), if anything was assigned to e: [..., E, D], [..., E, D], [..., E]."""
-    # Departure: the mean is of unit vectors; raw activations of norm 100 would replace a unit center at once.
+    # Departure: the mean is of unit vectors, since raw activations would swamp a unit center.
     means = sums / counts.clamp(min=1.0)[..., None]
     return torch.where(counts[..., None] > 0, unit(momentum * centers + (1.0 - momentum) * means), centers)
 
 
 def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Spherical k-means: unit vectors [N, D] -> centers [E, D] of length 1, E = clusters <= N.
-    Greedy k-means++ seeding (Arthur and Vassilvitskii 2007), of 2 + log E candidates the best; then Lloyd's iterations,
-    in which a cluster that runs empty moves to the worst-served point. The generator is the CPU's, on every device."""
-
-    def distances(to: Tensor) -> Tensor:  # [M, D] -> [N, M]; of unit vectors, half the squared Euclidean ones
-        return (1.0 - points @ to.T).clamp(min=0.0)
-
+    """Spherical k-means, greedy k-means++ seeding first: unit vectors [N, D] -> centers [E, D], E = clusters <= N."""
     centers = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]  # [1, D]
     while len(centers) < clusters:
-        nearest = distances(centers).amin(dim=1)  # [N]
-        cumulated = nearest.double().cumsum(dim=0)
-        drawn = torch.rand(2 + int(math.log(clusters)), generator=generator).to(cumulated) * cumulated[-1]
-        candidates = points[torch.searchsorted(cumulated, drawn).clamp(max=len(points) - 1)]  # [M, D]
-        left = torch.minimum(nearest[:, None], distances(candidates))  # [N, M]
-        centers = torch.cat([centers, candidates[left.sum(dim=0).argmin()][None]])
+        nearest = (1.0 - (points @ centers.T).amax(dim=1)).clamp(min=0.0)  # [N], half the squared distance
+        chances = nearest.double().cpu() + 1e-12  # points may all be the same
+        drawn = torch.multinomial(chances, 2 + int(math.log(clusters)), replacement=True, generator=generator)
+        candidates = points[drawn.to(points.device)]  # [M, D]
+        left = torch.minimum(nearest[:, None], 1.0 - points @ candidates.T).sum(dim=0)  # [M]
+        centers = torch.cat([centers, candidates[left.argmin()][None]])
     for _ in range(iterations):
-        distance, cluster = distances(centers).min(dim=1)  # [N]
+        cosine, cluster = (points @ centers.T).max(dim=1)  # [N]
         assigned = F.one_hot(cluster, clusters).to(points)  # [N, E]
-        worst = points[distance.topk(clusters).indices]
+        worst = points[cosine.topk(clusters, largest=False).indices]  # [E, D], for empty clusters
         used = reduce(assigned, "n e -> e 1", "sum") > 0
         centers = torch.where(used, unit(einsum(assigned, points, "n e, n d -> e d")), worst)
     return centers
 
 
-# -------------------------------------------------- adapters
+# -------------------- adapters
 class Float32Module(nn.Module):
     """Follows the model to any device, but stays float32 when it is cast: small steps are lost in less."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+    def _apply(self, fn: Callable, recurse: bool = True) -> Float32Module:
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -154,11 +138,7 @@ class Float32Module(nn.Module):
 
 
 class Adapter(Float32Module):
-    """One expert: what it adds to its projection's output, y = base + gate * delta(x).
-
-    A subclass makes its float32 parameters in `__init__` and defines `delta`, or `forward` where there is something
-    cheaper. It serves as `apply_monkeyjump(adapter=MyAdapter)`; before loading, put it into `ADAPTERS` by its name.
-    """
+    """One expert, y = base + gate * delta(x): a subclass makes float32 parameters and defines `delta` or `forward`."""
 
     def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
         super().__init__()
@@ -178,9 +158,9 @@ class LoRA(Adapter):
 
     trains_A = True
 
-    def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
+    def __init__(self, in_features, out_features, config, device) -> None:
         super().__init__(in_features, out_features, config, device)
-        self.scale = config.alpha / config.rank
+        self.scale, self.cast = config.alpha / config.rank, None
         self.lora_A = nn.Parameter(torch.empty(config.rank, in_features, device=device), requires_grad=self.trains_A)
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -188,10 +168,21 @@ class LoRA(Adapter):
     def down(self) -> Tensor:
         return self.lora_A
 
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [r, in] and (alpha/r) B^T [r, out], cast; kept in inference, where casting takes longer than using."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                self.cast = None  # what is written through .data leaves no trace
+            return self.down().to(dtype), (self.scale * self.lora_B).to(dtype).t()
+        state = dtype, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters.values()]
+        if self.cast is None or self.cast[0] != state:
+            self.cast = state, (self.down().to(dtype), (self.scale * self.lora_B).to(dtype).t().contiguous())
+        return self.cast[1]
+
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
+        down, up = self.factors(x.dtype)
         # Departure: dropout on the adapter's input, as in LoRA, not on its output. Gating r-wide spares memory.
-        inner = F.linear(self.dropout(x), self.down().to(x.dtype)) * (self.scale * gate)  # [..., r]
-        return base + F.linear(inner, self.lora_B.to(x.dtype))
+        return base + (gate * F.linear(self.dropout(x), down)) @ up
 
 
 class LoRAFA(LoRA):
@@ -203,12 +194,12 @@ class LoRAFA(LoRA):
 class AdaLoRA(LoRA):
     """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023): lora_B is P, lora_E L, lora_A Q; see allocate_ranks."""
 
-    def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
-        super().__init__(in_features, out_features, config, device)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         nn.init.orthogonal_(self.lora_A)
         nn.init.orthogonal_(self.lora_B)
-        # Departure: zero, so that the adapted model starts as the base model; the authors start at 0.01.
-        self.lora_E = nn.Parameter(torch.zeros(config.rank, device=device))
+        # Departure: zero, to start as the base model; the authors start at 0.01.
+        self.lora_E = nn.Parameter(self.lora_A.new_zeros(len(self.lora_A)))
         for name, parameter in list(self.named_parameters()):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(parameter.data))
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(parameter.data))
@@ -220,7 +211,7 @@ class AdaLoRA(LoRA):
 class Propulsion(Adapter):
     """delta(x) = W x * ((1 + z)^degree - 1) (Kowsher et al. 2024), one z an output."""
 
-    def __init__(self, in_features: int, out_features: int, config: MonkeyJumpConfig, device: torch.device) -> None:
+    def __init__(self, in_features, out_features, config, device) -> None:
         super().__init__(in_features, out_features, config, device)
         self.degree = config.degree
         # Departure: z is the deviation from 1, so that weight decay leads back to the identity.
@@ -232,75 +223,55 @@ class Propulsion(Adapter):
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "lorafa": LoRAFA, "adalora": AdaLoRA, "propulsion": Propulsion}
-ADAPTERS["peft"] = Adapter  # stands for what PEFT has put there: RoutedPeft
+ADAPTERS["peft"] = Adapter  # holds the place of PEFT's own adapter, see RoutedPeft
 
 
-# -------------------------------------------------- router
+# -------------------- router
 class Pass(threading.local):
-    """What one call of the model shares with its blocks and projections; each thread has its own."""
+    """What a call of the model shares with its blocks and projections, each thread for itself."""
 
     def __init__(self, latest: list[Maybe]) -> None:
         self.disabled = False  # by disable_adapters
-        self.sampled = False  # by init_router_centers
-        self.running = False  # inside a RoutedModel, which notes what follows up to `kept`
-        self.collecting = False  # a training forward, whose directions will move the centers
-        self.real: Maybe = None  # bool [B, T]; None: no padding, or none that matters
-        self.prompt_end: Maybe = None  # int [B]; None: the last real token
-        self.latest = latest  # real and prompt_end of any thread, for recomputations in the backward pass's own
-        self.kept: dict[str, Tensor] = {}  # by block, the prompt's gates [B, 1, E], for a decoded token
-        self.routed: dict[str, Tensor] = {}  # by block, gates [B, 1, E] for the tokens to be decoded
-        self.gates: Maybe = None  # of the block that is running; None: the base model alone
+        self.sample: Callable | None = None  # takes directions for init_router_centers
+        self.running = False  # inside a RoutedModel, which sets what follows
+        self.collecting = False  # statistics, as a training forward does
+        self.rows: tuple[Maybe, Maybe] | None = None  # real [B, T] and prompt_end [B]; see represent
+        self.latest = latest  # the rows that any thread noted last
+        self.kept: dict[str, Tensor] = {}  # by block, the prompt's gates [B, 1, E] for a decoded token
+        self.routed: dict[str, Tensor] = {}  # by block, gates [B, 1, E] to keep for decoding
+        self.gates: Maybe = None  # of the running block; None: the base model alone
 
     def __reduce__(self) -> Any:  # a copy of the model is in no pass
         return Pass, ([None, None],)
 
 
-def recomputing() -> bool:
-    """In a backward pass: a checkpoint around the whole block, which calls it again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class Router(Float32Module):
-    """The gradient-free router of one block: it owns the centers, and the cluster_statistics that are to move them:
-    `gathered`, what this rank's forwards saw since the optimizer last stepped; `pending`, what all ranks saw since the
-    centers last moved; `served`, all since the last report."""
+    """The gradient-free router of one block: its centers, and the cluster_statistics that will move them."""
 
     def __init__(self, name: str, experts: list[str], width: int, config: MonkeyJumpConfig, device: Any) -> None:
         super().__init__()
         self.name, self.experts, self.config = name, experts, config
         self.register_buffer("centers", unit(torch.randn(len(experts), width, device=device)))
+        # Statistics of all ranks since the centers moved; gathered: this rank's since a step; served: since a report.
         self.register_buffer("pending", torch.zeros(len(experts), width + len(experts), device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=device))  # of the optimizer
         self.forget()
 
     def forget(self) -> None:
-        # Plain tensors: DDP would overwrite buffers with those of rank 0 at each forward pass.
+        # Plain tensors: DDP would overwrite buffers with those of rank 0 at each forward.
         self.gathered, self.served = torch.zeros_like(self.pending), torch.zeros_like(self.pending)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         super()._apply(fn, recurse)
         if self.gathered.device != self.centers.device:
             self.forget()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:  # what was seen belongs to the centers that are gone
+    def _load_from_state_dict(self, *args) -> None:  # what was seen belongs to the old centers
         self.pending.zero_()
         self.forget()
         super()._load_from_state_dict(*args)
 
-    def directions(self, hidden: Tensor) -> tuple[Tensor, Maybe]:
-        """The block's input [B, T, D] -> unit vectors [B, N, D], and which are real, bool [B, N] or None (all)."""
-        real, prompt_end = self.current.latest if recomputing() else (self.current.real, self.current.prompt_end)
-        real, prompt_end = (real, prompt_end) if self.reads_text else (None, None)
-        hidden = hidden[None] if hidden.dim() == 2 else hidden  # vision blocks may see packed patches [T, D]
-        wanted = [*(hidden.shape[:2] if real is None else real.shape), self.centers.shape[1]]
-        if list(hidden.shape) != wanted:
-            raise ValueError(f"block {self.name!r} sees hidden states {list(hidden.shape)}, not {wanted}: no routing")
-        real = None if real is None else real.to(hidden.device)
-        representations, real = represent(hidden, self.config.rep_mode, real, prompt_end)
-        return unit(representations), real
-
-    @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """The block's input [B, T, D] -> gates [B, N, E] in its dtype; in training, statistics are gathered."""
         config, current = self.config, self.current
@@ -308,13 +279,26 @@ class Router(Float32Module):
             return kept
         if not self.experts:  # shared adapters alone
             return hidden.new_ones(1)
-        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):  # route in float32
-            directions, real = self.directions(hidden)
+        # A checkpoint around the block recomputes it in a backward pass, maybe in a thread without rows of its own.
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        rows = current.rows or current.latest
+        rows = rows if self.reads_text and not (again and config.rep_mode == "token") else (None, None)
+        real, prompt_end = [None if tensor is None else tensor.to(hidden.device) for tensor in rows]
+        hidden = hidden.detach()  # no gradient goes through the router
+        hidden = hidden[None] if hidden.dim() == 2 else hidden  # vision blocks may see packed patches [T, D]
+        wanted = [*(hidden.shape[:2] if real is None else real.shape), self.centers.shape[1]]
+        if list(hidden.shape) != wanted:
+            raise ValueError(f"block {self.name!r} routes hidden states {wanted}, not {list(hidden.shape)}")
+        device = "cpu" if hidden.is_meta else hidden.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+            representations, real = represent(hidden, config.rep_mode, real, prompt_end)
+            directions = unit(representations)
+            if current.sample is not None:
+                current.sample(self, directions, real)
             noise = config.jitter_noise if self.training else 0.0
             gates, best = route(directions, self.centers, config.top_k, config.temperature, noise)
-            if current.collecting and not recomputing():
-                flat = [None if t is None else t.flatten(0, 1) for t in (directions, best, gates, real)]
-                self.gathered.add_(cluster_statistics(*flat))
+            if current.collecting and not again:
+                self.gathered.add_(cluster_statistics(directions, best, gates, real))
         gates = gates.to(hidden.dtype)
         if config.rep_mode != "token":
             current.routed[self.name] = gates
@@ -323,35 +307,27 @@ class Router(Float32Module):
 
 @torch.no_grad()
 def update_router_centers(model: nn.Module) -> None:
-    """Move the centers, if due, by what all ranks gathered: every optimizer step does it, without one it is to call."""
-    # Departure: between steps, not inside a forward, so that checkpoints, micro-batches and ranks see the same centers.
+    """Move the centers, if due, by what all ranks gathered; every torch optimizer's step calls this."""
+    # Departure: not in a forward, so that checkpoints, micro-batches and ranks see the same centers.
     wiring = adapted(model).monkeyjump
     config, wiring.collected = wiring.config, False
-    for router in wiring.routers().values():
-        if world_size() > 1:
+    until = math.inf if config.update_until is None else config.update_until
+    for router in wiring.routers.values():
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(router.gathered)
         router.steps += 1
         router.served += router.gathered
         router.pending += router.gathered  # [E, D + E]
         router.gathered.zero_()
-        due = router.steps % config.update_every == 0
-        due = due if config.update_until is None else due & (router.steps <= config.update_until)
+        due = (router.steps % config.update_every == 0) & (router.steps <= until)
         sums, gates = router.pending.tensor_split([router.centers.shape[1]], dim=1)
-        moved = ema_update(router.centers, sums, reduce(gates, "e g -> e", "sum"), config.ema_momentum)
+        moved = ema_update(router.centers, sums, gates.sum(dim=1), config.ema_momentum)
         router.centers.copy_(torch.where(due, moved, router.centers))
         router.pending *= ~due
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-# -------------------------------------------------- routed classes
-#
-# A module that takes part is given a subclass of its own class, made on the fly, as FSDP2 does. Nothing else about it
-# changes: not its name, not the names of its parameters, not what isinstance says. A call meets these mixins in turn.
-
-CACHES = ("cache", "past_key_values", "cache_params")  # the cache, as a keyword and as a field of the output
+# -------------------- routed classes
+# Who takes part is given a subclass of its own class, as by FSDP2: no name changes. A call meets these mixins in turn.
 
 
 class Routed:
@@ -363,29 +339,28 @@ class Routed:
 
 
 class RoutedModel(Routed):
-    """The model, and each module between it and its blocks: the one that is called notes what the blocks must know."""
+    """The model and each module above its blocks: the one that is called notes what they must know."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.argument_names = list(inspect.signature(cls.forward).parameters)[1:]
         if prepare := getattr(cls, "prepare_inputs_for_generation", None):
-            # generate() reads its signature. Here the 2-D mask is still known, which a static cache turns into a 4-D
-            # one, and whether a generation starts: gates that an older one left with the cache must go.
-            @functools.wraps(prepare)
-            def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-                inputs = prepare(self, *args, **kwargs)
-                if (cache := cache_of(kwargs)) is not None and kwargs.get("is_first_iteration"):
-                    vars(cache).pop("monkeyjump_gates", None)
-                return inputs | {"monkeyjump_mask": kwargs.get("attention_mask")}
+
+            @functools.wraps(prepare)  # generate() reads its signature
+            def prepare_inputs_for_generation(self, *args, **kwargs):
+                inputs, cache = prepare(self, *args, **kwargs), cache_of(kwargs)
+                if cache is not None and kwargs.get("is_first_iteration"):
+                    vars(cache).pop("monkeyjump_gates", None)  # of an older generation
+                return inputs | {"monkeyjump_mask": kwargs.get("attention_mask")}  # still 2-D
 
             cls.prepare_inputs_for_generation = prepare_inputs_for_generation
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args, **kwargs):
         wiring, current = self.monkeyjump, self.monkeyjump.current
         if current.running:
             return super().__call__(*args, **kwargs)
         given = dict(zip(self.argument_names, args, strict=False), **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("prompt_end", "monkeyjump_mask")}
+        kwargs = {name: v for name, v in kwargs.items() if name not in ("prompt_end", "monkeyjump_mask")}
         current.collecting = self.training and torch.is_grad_enabled() and not current.disabled
         note_rows(current, given, wiring.config.rep_mode)
         if current.collecting:
@@ -404,19 +379,18 @@ class RoutedModel(Routed):
 
 
 class RoutedBlock(Routed):
-    """A block: its input is routed outside of any checkpoint, and each checkpointed forward takes its gates along."""
+    """A block: it routes its input outside of any checkpoint; a checkpointed forward takes its gates along."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args, **kwargs):
         router, current = self.monkeyjump, self.monkeyjump.current
         hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
         gates = None if current.disabled else router(hidden)
-        if torch.compiler.is_compiling():  # the graph carries the gates; no object may change inside a checkpoint
-            current.gates = gates
-        else:
+        current.gates = gates
+        if not torch.compiler.is_compiling():  # there, no object may change inside a checkpoint
             kwargs["monkeyjump_gates"] = gates
         return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args, **kwargs):
         if "monkeyjump_gates" in kwargs:
             self.monkeyjump.current.gates = kwargs.pop("monkeyjump_gates")
         return super().forward(*args, **kwargs)
@@ -425,7 +399,7 @@ class RoutedBlock(Routed):
 class RoutedLinear(Routed):
     """A projection: its adapter adds to its output, weighted by its expert's gate."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter, gates = self.monkeyjump, self.monkeyjump.current.gates
         base = super().forward(x, *args, **kwargs)
         return base if gates is None else adapter(x.to(base.dtype), base, gate_of(adapter.expert, gates, x))
@@ -434,85 +408,87 @@ class RoutedLinear(Routed):
 class RoutedPeft(Routed):
     """A projection that PEFT adapted, by whichever method: y = base + gate * (adapted - base)."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter, gates = self.monkeyjump, self.monkeyjump.current.gates
-        if adapter.expert is None and gates is not None:
-            return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()(x, *args, **kwargs)
-        if gates is None:
-            return base
         y = super().forward(x, *args, **kwargs)
-        return torch.lerp(base.to(y.dtype), y, gate_of(adapter.expert, gates, x).to(y.dtype))
+        if gates is None or adapter.expert is None:
+            return y
+        base = self.get_base_layer()(x, *args, **kwargs).to(y.dtype)
+        return torch.lerp(base, y, gate_of(adapter.expert, gates, x).to(y.dtype))
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("routed adapters cannot be merged: gates differ by token. Call remove_monkeyjump first")
+    def merge(self, *args, **kwargs) -> None:
+        raise ValueError("routed adapters cannot be merged: their gates differ by token")
 
 
 def gate_of(expert: int | None, gates: Tensor, x: Tensor) -> Tensor | float:
     """The gate [..., 1] of an expert out of [B, N, E], for its projection's input x [B, T, in] or [B * T, in]."""
     if expert is None:  # shared: always on
         return 1.0
-    gate, (batch, count) = gates[..., expert, None], gates.shape[:2]
-    if x.dim() == 3 and x.shape[0] == batch and count in (1, x.shape[1]):
-        return gate
-    if x.dim() == 2 and len(x) % batch == 0 and count in (1, len(x) // batch):
-        return rearrange(gate.expand(batch, len(x) // batch, 1), "b t 1 -> (b t) 1")
-    seen = f"a projection sees {list(x.shape[:-1])} tokens, its block has gates for {[batch, count]}"
-    raise ValueError(f"{seen}: leave this projection out of linears")
+    gate, (batch, count) = gates.narrow(2, expert, 1), gates.shape[:2]
+    tokens = x.shape[1] if x.dim() == 3 else len(x) // batch
+    if x.shape[:-1] not in ((batch, tokens), (batch * tokens,)) or count not in (1, tokens):
+        raise ValueError(
+            f"a projection in linears sees {list(x.shape[:-1])} tokens, its gates are for {[batch, count]}"
+        )
+    return gate if x.dim() == 3 else rearrange(gate.expand(batch, tokens, 1), "b t 1 -> (b t) 1")
 
 
 def cache_of(given: dict[str, Any]) -> Any:
-    return next((given[name] for name in CACHES if name in given and given[name] is not None), None)
+    names = ("cache", "past_key_values", "cache_params")  # as arguments and as fields of the output
+    return next((given[name] for name in names if given.get(name) is not None), None)
 
 
 def note_rows(current: Pass, given: dict[str, Any], mode: str) -> None:
-    """Notes of a model's arguments, by name, what routing must know. Raises ValueError for what it would get wrong."""
-    current.real, current.prompt_end, current.kept, current.routed = None, None, {}, {}
+    """Note what routing needs of a model's arguments; ValueError for what it would get wrong."""
+    current.rows, current.kept, current.routed = (None, None), {}, {}
     tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
-    if tokens is None or mode == "token" and not (current.collecting or current.sampled):
+    if tokens is None or mode == "token" and not (current.collecting or current.sample):
         return  # in inference a padded token's routing harms nobody
     # Departure: padding by the 2-D mask at the model's entry; blocks see a 4-D mask or none.
-    mask, past = given.get("monkeyjump_mask", given.get("attention_mask")), 0
+    mask, real, past, wrong = given.get("monkeyjump_mask", given.get("attention_mask")), None, 0, ""
     if isinstance(mask, Tensor) and mask.dim() == 2:  # [B, past + T]
         past = mask.shape[1] - tokens.shape[1]
-        current.real = F.pad(mask != 0, (-past, 0), value=True)
+        real = F.pad(mask != 0, (-past, 0), value=True)
+    current.rows = (real, None)
     if mode == "token":
         return
-    labels, end, position = (given.get(name) for name in ("labels", "prompt_end", "position_ids"))
-    real = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if current.real is None else current.real
+    if real is None:
+        wrong = "" if mask is None else "attention_mask must be [batch, tokens]"
+        real = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+    end, labels, position = (given.get(name) for name in ("prompt_end", "labels", "position_ids"))
+    if mode != "prompt_end":
+        end = None
+    elif end is not None:
+        end = torch.as_tensor(end).long() - past
+        wrong = wrong if end.shape == real.shape[:1] else "prompt_end must be [batch]"
+    elif labels is not None and labels.shape == real.shape:
+        end = last_of_prompt(labels, real)
+    elif current.collecting:
+        wrong = "training needs prompt_end or labels, which label smoothing takes away"
     packed = [name for name in given if re.match("cu_seq|seq_idx", name) and given[name] is not None]
     if isinstance(position, Tensor) and position.shape == real.shape and not torch.compiler.is_compiling():
-        anew = (position[:, 1:] <= position[:, :-1]) & real[:, 1:] & real[:, :-1]
-        packed += ["position_ids that start anew"] if anew.any() else []
-    if mode == "prompt_end" and end is not None:
-        current.prompt_end = torch.as_tensor(end).long() - past
-    elif mode == "prompt_end" and labels is not None and labels.shape == real.shape:
-        current.prompt_end = last_of_prompt(labels, real)
-    blind = mode == "prompt_end" and current.collecting and current.prompt_end is None
-    for wrong, message in (
-        (packed, f"{packed}: packed sequences would be routed as one"),
-        (mask is not None and current.real is None, "attention_mask must be [batch, tokens]"),
-        (end is not None and torch.as_tensor(end).shape != real.shape[:1], "prompt_end must be [batch]"),
-        (blind, "training needs labels [batch, tokens] (label smoothing takes them away) or prompt_end"),
-    ):
-        if wrong:
-            raise ValueError(f"rep_mode={mode!r}: {message}")
+        starts_anew = (position[:, 1:] <= position[:, :-1]) & real[:, 1:] & real[:, :-1]
+        packed += ["position_ids"] if starts_anew.any() else []
+    wrong = f"{packed[0]}: packed sequences would be routed as one" if packed else wrong
+    if wrong:
+        raise ValueError(f"rep_mode={mode!r}: {wrong}")
+    current.rows = (current.rows[0], end)
     if not torch.compiler.is_compiling():
-        current.latest[:] = current.real, current.prompt_end
+        current.latest[:] = current.rows
     if tokens.shape[1] == 1:
-        # Departure: in the sequence modes a decoded token keeps the prompt's routing; the authors route it by itself.
+        # Departure: a decoded token keeps its sequence's routing; the authors route it by itself.
         current.kept = getattr(cache_of(given), "monkeyjump_gates", {})
 
 
 @functools.cache
-def routed_class(mixin: type, kind: type) -> type:
-    # With the original's names, by which transformers looks classes up.
-    return type(kind)(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+def routed_class(mixin: type, original: type) -> type:
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}  # transformers asks for them
+    return type(original)(original.__name__, (mixin, original), names)
 
 
-def new_routed(mixin: type, kind: type) -> nn.Module:
-    made = routed_class(mixin, kind)
-    module = made.__new__(made)
+def new_routed(mixin: type, original: type) -> nn.Module:
+    kind = routed_class(mixin, original)
+    module = kind.__new__(kind)
     if mixin is RoutedModel:
         MODELS.append(weakref.ref(module, MODELS.remove))
     return module
@@ -531,11 +507,9 @@ class Wiring:
     config: MonkeyJumpConfig
     current: Pass
     parts: dict[str, Router | Adapter]  # by the path of the block or projection that they serve
+    routers: dict[str, Router]  # those with experts
     trained_before: list[nn.Parameter]
     collected: bool = False  # a training forward ran since the optimizer last stepped
-
-    def routers(self) -> dict[str, Router]:
-        return {path: part for path, part in self.parts.items() if isinstance(part, Router) and part.experts}
 
 
 def adapted(model: nn.Module, needed: bool = True) -> nn.Module | None:
@@ -546,64 +520,58 @@ def adapted(model: nn.Module, needed: bool = True) -> nn.Module | None:
     return root
 
 
-MODELS: list[weakref.ref[nn.Module]] = []  # in the order in which all ranks adapt them
+MODELS: list[weakref.ref[nn.Module]] = []  # in the same order on all ranks
 
 
-def after_optimizer_step(*_: Any) -> None:
-    # Whose parameters the optimizer holds is not asked: FSDP1 and ZeRO step flattened ones.
+@register_optimizer_step_post_hook
+def after_optimizer_step(*_) -> None:  # of any optimizer: FSDP1's and ZeRO's parameters are flattened
     for model in [reference() for reference in MODELS]:
         if isinstance(model, RoutedModel) and model.monkeyjump.collected:
             update_router_centers(model)
 
 
-register_optimizer_step_post_hook(after_optimizer_step)
-
-
-# -------------------------------------------------- blocks and projections
-
-# A token mixer asks who else is there, as no feed-forward does, or hands **kwargs on to the attention kernel.
+# -------------------- blocks and projections
+# A token mixer asks who else is there, as no feed-forward does, or hands **kwargs on to a kernel.
 MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^(state|kwargs)$")
-# Routers and indexers choose by top-k, which has no gradient; mamba's dt_proj is never called; kv_b_proj sees cached
-# latents at each decoded token, zaya's v_proj_delayed a blank one, cross-attention an image's tokens.
+# Routers and indexers have no gradient; mamba never calls dt_proj; kv_b_proj sees cached latents again, zaya's
+# v_proj_delayed a blank token, cross-attention an image's.
 NOT_A_PROJECTION = re.compile(r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed|cross_?att", re.I)
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a dense linear layer of any kind, quantised ones included; None for anything else."""
+    """(in, out) of a dense linear layer of any kind, also quantised; None for anything else."""
     layer = layer.get_base_layer() if is_peft(layer) else layer
-    kind = type(layer).__name__  # a grouped linear is block-diagonal: no single matrix to add a low-rank one to
+    kind = type(layer).__name__  # a grouped linear is block-diagonal, with no single matrix to adapt
     if hasattr(layer, "in_features") and hasattr(layer, "out_features") and "Grouped" not in kind:
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape) if kind == "Conv1D" and hasattr(layer, "nf") else None  # GPT-2: [in, out]
 
 
 def is_peft(module: nn.Module) -> bool:
-    """A layer that PEFT adapted; but with `target_parameters` its base layer runs with the adapted weight."""
+    """A layer that PEFT adapted, but not by `target_parameters`, which changes the base layer's own weight."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merged") and not hasattr(module, "parameter_name")
 
 
 def projections(block: nn.Module, peft: bool = False) -> list[str]:
-    """Paths of the dense linears of a block, or of those that PEFT has adapted, as found."""
-    found = [path for path, module in block.named_modules() if features(module) and (is_peft(module) or not peft)]
-    return [path for path in found if not (peft and path.endswith("base_layer"))]  # one PEFT layer in another
+    """Paths of a block's dense linears, or of those that PEFT adapted (outermost), as found."""
+    found = {path: is_peft(module) for path, module in block.named_modules() if features(module)}
+    return [path for path in found if not peft or found[path] and not path.endswith("base_layer")]
 
 
 def attention_projections(block: nn.Module) -> list[str]:
-    """Those of the block's attention or of its counterpart (mixer, SSM, convolution)."""
-    arguments = {
-        f"{p}.": " ".join(inspect.signature(type(m).forward).parameters) for p, m in block.named_modules() if p
-    }
-    mixers = tuple(path for path, names in arguments.items() if any(map(MIXER_ARGUMENTS.search, names.split())))
+    """Those of its attention or of the counterpart (mixer, SSM, convolution)."""
+    signatures = {f"{p}.": inspect.signature(type(m).forward).parameters for p, m in block.named_modules() if p}
+    mixers = tuple(path for path, names in signatures.items() if any(map(MIXER_ARGUMENTS.search, names)))
     return [path for path in projections(block) if path.startswith(mixers) and not NOT_A_PROJECTION.search(path)]
 
 
 def language_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of the language model by path, without those of vision or audio towers: it is what reads tokens, so
-    climb from their embedding until there are lists of blocks below, and take the nearest."""
+    """The blocks of the language model by path, without those of vision or audio towers."""
     modules, tokens = dict(model.named_modules()), None
-    with contextlib.suppress(NotImplementedError, AttributeError):  # no embeddings, or no model of transformers
+    with contextlib.suppress(NotImplementedError, AttributeError):  # a model without embeddings
         tokens = model.get_input_embeddings()
     lists = [p for p, m in modules.items() if isinstance(m, nn.ModuleList) and any(map(attention_projections, m))]
+    # Climb from the token embedding until there are lists of blocks below, and take the nearest.
     owner = next((path for path, module in modules.items() if module is tokens), "")
     while owner and not any(path.startswith(f"{owner}.") for path in lists):
         owner = owner.rpartition(".")[0]
@@ -613,55 +581,52 @@ def language_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_blocks(model: nn.Module, blocks: dict[str, list[int]] | None) -> dict[str, nn.Module]:
-    """The blocks to adapt, by path, in the model's order; all of the language model for None."""
+    """The blocks to adapt by path, in the model's order; None: all of the language model."""
     modules = dict(model.named_modules())
-    classes = {type(block).__name__ for m in modules.values() if isinstance(m, nn.ModuleList) for block in m}
-    chosen = [*language_blocks(model)] if blocks is None else []
+    whole = {p for p, m in modules.items() if "input_ids" in inspect.signature(type(m).forward).parameters}
+    chosen = list(language_blocks(model)) if blocks is None else []
     for name, indices in (blocks or {}).items():
         paths = dict(enumerate(path for path, module in modules.items() if type(module).__name__ == name))
         chosen += [paths.get(index) for index in indices] if paths else [None]
-    whole = [p for p in chosen if p in modules and "input_ids" in inspect.signature(modules[p].forward).parameters]
-    if None in chosen or whole or not chosen:
+    if None in chosen or not chosen or whole.intersection(chosen):
+        classes = {type(block).__name__ for m in modules.values() if isinstance(m, nn.ModuleList) for block in m}
         raise ValueError(f"blocks={blocks!r}: must map names of {', '.join(sorted(classes)) or 'no class'} to indices")
     return {path: module for path, module in modules.items() if path in chosen}
 
 
-def block_width(model: nn.Module, block: nn.Module) -> int:
-    """D of the block's input: as wide as the block's norm; without one, as the language model."""
-    weights = [getattr(child, "weight", None) for child in block.children()]
-    widths = [len(weight) for weight in weights if isinstance(weight, Tensor) and weight.dim() == 1]
-    return widths[0] if widths else model.config.get_text_config(decoder=True).hidden_size
-
-
-# -------------------------------------------------- applying, removing
+# -------------------- applying, removing
 @dataclasses.dataclass(frozen=True)
 class MonkeyJumpConfig:
     """The options of `apply_monkeyjump`. Raises ValueError for one that is not as said here."""
 
-    blocks: dict[str, list[int]] | None  # indices by class name, {"LlamaDecoderLayer": [0, 1]}; None: the text model's
-    linears: list[str] | None  # leaf names or suffixes ("attn.c_proj"), each match an expert; None: the attention's
+    blocks: dict[str, list[int]] | None  # indices by class, {"LlamaDecoderLayer": [0, 1]}; None: the language model's
+    linears: list[str] | None  # names or suffixes ("attn.c_proj"), each match an expert; None: the attention's
     shared_expert: list[str] | None  # projections whose adapter is always on
-    adapter: str  # a name in ADAPTERS; "peft": route the adapters that PEFT has put there
+    adapter: str  # a name in ADAPTERS or a subclass of Adapter; "peft": what PEFT has put there
     rank: int  # r of the LoRA family, >= 1
     alpha: float  # > 0: the LoRA family is scaled by alpha / rank
     dropout: float  # in [0, 1): in training, on the input of the LoRA family
     degree: int  # the power of propulsion, >= 1
     top_k: int  # experts that a token or sequence uses, >= 1
     temperature: float  # of the softmax over cosines, > 0
-    ema_momentum: float  # weight of the old center in each move, in [0, 1]
-    # What is routed: each "token"; or each sequence, by its "last" real token, the "mean" of its real tokens, or the
-    # last token of its prompt: "prompt_end", a keyword [B] of the model's forward, else the position before the first
-    # label that is not -100, else (never in training) the last real token.
+    ema_momentum: float  # weight of the old center in a move, in [0, 1]
+    # Route each "token", or each sequence by its "last" real token, their "mean", or "prompt_end": given to the model's
+    # forward [B], else before the first label that is not -100, else (not in training) as "last".
     rep_mode: str
-    jitter_noise: float  # in [0, 1): in training, logits are multiplied by uniform noise in 1 -/+ jitter_noise
-    update_every: int  # the centers move at every so-manieth step of the optimizer, >= 1
-    update_until: int | None  # and not after this step
+    jitter_noise: float  # in [0, 1): in training, logits are times uniform noise in 1 -/+ it
+    update_every: int  # optimizer steps from one move of the centers to the next, >= 1
+    update_until: int | None  # the last step that may move them
 
     def __post_init__(self) -> None:
         for names, kinds, right, allowed in (
             ("adapter", {str}, lambda v: v in ADAPTERS, f"one of {', '.join(ADAPTERS)}"),
             ("rep_mode", {str}, lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}"),
-            ("blocks", {dict}, lambda v: {*map(type, v.values())} <= {list}, "indices by class name, or None"),
+            (
+                "blocks",
+                {dict},
+                lambda v: {type(i) for ids in v.values() for i in ids} <= {int},
+                "indices by class, or None",
+            ),
             ("linears shared_expert", {list}, lambda v: {*map(type, v)} <= {str}, "names, or None"),
             ("rank degree top_k update_every", {int}, lambda v: v >= 1, "an integer >= 1"),
             ("update_until", {int}, lambda v: v >= 0, "an integer >= 0, or None"),
@@ -671,7 +636,7 @@ class MonkeyJumpConfig:
         ):
             for name in names.split():
                 value = getattr(self, name)
-                if not (value is None and "None" in allowed) and not (type(value) in kinds and right(value)):
+                if not (value is None and "None" in allowed or type(value) in kinds and right(value)):
                     raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
@@ -696,78 +661,80 @@ def apply_monkeyjump(
 ) -> nn.Module:
     """Freeze a model and make adapters on its blocks' projections the experts of a gradient-free router, in place.
 
-    The model is any causal or vision-language one, adapter also a subclass of Adapter; MonkeyJumpConfig explains the
-    options. Returns the same model, of which only adapter parameters (float32) require gradients. Raises ValueError,
-    before anything is changed, that says what was given, what is allowed, and what there is.
+    MonkeyJumpConfig explains the options. Then only adapter parameters (float32) require gradients.
     """
     if isinstance(adapter, type) and issubclass(adapter, Adapter):
         name = next((name for name, kind in ADAPTERS.items() if kind is adapter), adapter.__name__)
         ADAPTERS[name], adapter = adapter, name
     if isinstance(blocks, dict):
-        blocks = {name: list(v) if isinstance(v, Iterable) else v for name, v in blocks.items()}
+        blocks = {name: list(v) if isinstance(v, Iterable) else [v] for name, v in blocks.items()}
     names = [[v] if isinstance(v, str) else list(v) if isinstance(v, Iterable) else v for v in (linears, shared_expert)]
-    adapters = {"adapter": adapter, "rank": rank, "alpha": alpha, "dropout": dropout, "degree": degree}
-    routing = {"top_k": top_k, "temperature": temperature, "rep_mode": rep_mode, "jitter_noise": jitter_noise}
-    moving = {"ema_momentum": ema_momentum, "update_every": update_every, "update_until": update_until}
-    config = MonkeyJumpConfig(blocks, *names, **adapters, **routing, **moving)
+    adapters = (adapter, rank, alpha, dropout, degree)
+    routing = (top_k, temperature, ema_momentum, rep_mode, jitter_noise, update_every, update_until)
+    config = MonkeyJumpConfig(blocks, *names, *adapters, *routing)
     install(model, make_parts(model, config), config)
     return model
 
 
 def make_parts(model: nn.Module, config: MonkeyJumpConfig, device: Any = None) -> dict[str, Router | Adapter]:
-    """Routers and adapters by the path of what they serve, on its device unless another is given. The model stays as it
-    is. Raises ValueError for whatever cannot be routed rightly."""
-    peft, layers, parameters = config.adapter == "peft", list(filter(is_peft, model.modules())), [*model.parameters()]
+    """Routers and adapters by the path of what they serve, on its device unless another is given."""
+    peft, layers = config.adapter == "peft", [module for module in model.modules() if is_peft(module)]
     for wrong, message in (
         (adapted(model, needed=False), "carries Monkey Jump already: call remove_monkeyjump first"),
-        (getattr(getattr(model, "config", None), "is_encoder_decoder", False), "is an encoder-decoder: not supported"),
-        (len({p.is_meta for p in parameters}) > 1, "has layers on 'meta' (offloaded): adapt it before dispatch"),
-        (any(hasattr(p, "device_mesh") for p in parameters), "is sharded: adapt it before fully_shard"),
-        (peft != bool(layers), "must carry adapters of PEFT for adapter='peft', and none for the others"),
-        (any(layer.merged for layer in layers), "has its PEFT adapters merged: unmerge them first"),
+        (getattr(getattr(model, "config", None), "is_encoder_decoder", False), "is an encoder-decoder"),
+        (len({p.is_meta for p in model.parameters()}) > 1, "has layers on 'meta': adapt it before offloading"),
+        (any(hasattr(p, "device_mesh") for p in model.parameters()), "is sharded: adapt it before fully_shard"),
+        (peft != bool(layers), "must carry PEFT's adapters for adapter='peft', else none"),
+        (any(layer.merged for layer in layers), "has merged PEFT adapters"),
     ):
         if wrong:
             raise ValueError(f"this {type(model).__name__} {message}")
 
-    def match(paths: list[str], names: list[str] | None) -> list[str]:  # in the order of the names, then as found
-        return list(dict.fromkeys(p for name in names or [] for p in paths if f".{p}".endswith(f".{name}")))
+    def match(paths: list[str], names: list[str]) -> list[str]:  # in the order of the names, then as found
+        return list(dict.fromkeys(path for name in names for path in paths if f".{path}".endswith(f".{name}")))
 
-    blocks, current, text = find_blocks(model, config.blocks), Pass([None, None]), language_blocks(model)
-    there = {path: projections(block, peft) for path, block in blocks.items()}
-    available = sorted({name for names in there.values() for name in names})
-    if missing := [n for n in (config.linears or []) + (config.shared_expert or []) if not match(available, [n])]:
-        raise ValueError(f"{missing}: no projections of these blocks; there are {', '.join(available)}")
-    parts, made = {}, {}
+    blocks, text = find_blocks(model, config.blocks), language_blocks(model)
+    linears = {path: projections(block, peft) for path, block in blocks.items()}
+    available = sorted({name for names in linears.values() for name in names})
+    always_on, parts, served, most = config.shared_expert or [], {}, set(), 0
+    if missing := [name for name in (config.linears or []) + always_on if not match(available, [name])]:
+        raise ValueError(f"{missing}: not in these blocks; there are {', '.join(available)}")
     for path, block in blocks.items():
-        default = there[path] if peft else attention_projections(block)
-        shared = match(there[path], config.shared_expert)
-        experts = default if config.linears is None else match(there[path], config.linears)
+        shared = match(linears[path], always_on)
+        default = linears[path] if peft else attention_projections(block)
+        experts = default if config.linears is None else match(linears[path], config.linears)
         experts = [name for name in experts if name not in shared]
-        if experts or shared:
-            at = device or next(block.parameters()).device
-            parts[path] = Router(path, experts, block_width(model, block), config, at)
-            parts[path].current, parts[path].reads_text = current, path in text
+        most, at = max(most, len(experts)), device or next(block.parameters()).device
         for name in experts + shared:
-            if (layer := block.get_submodule(name)) not in made:  # zamba's blocks share their attention
-                made[layer] = parts[f"{path}.{name}"] = ADAPTERS[config.adapter](*features(layer), config, at)
-                made[layer].current, made[layer].expert = current, experts.index(name) if name in experts else None
-    most = max((len(part.experts) for part in parts.values() if isinstance(part, Router)), default=0)
+            if (layer := block.get_submodule(name)) not in served:  # zamba's blocks share their attention
+                parts[f"{path}.{name}"] = adapter = ADAPTERS[config.adapter](*features(layer), config, at)
+                adapter.expert = experts.index(name) if name in experts else None
+                served.add(layer)
+        if experts or shared:
+            norms = [
+                m.weight
+                for m in block.children()
+                if torch.is_tensor(getattr(m, "weight", None)) and m.weight.dim() == 1
+            ]
+            width = len(norms[0]) if norms else model.config.get_text_config(decoder=True).hidden_size
+            parts[path] = router = Router(path, experts, width, config, at)
+            router.reads_text = path in text
     if config.top_k > most:
-        raise ValueError(
-            f"top_k={config.top_k}: must be at most {most}, the experts that linears={config.linears} gives a block"
-        )
+        raise ValueError(f"top_k={config.top_k}: must be at most {most}, what linears={config.linears} match")
     return parts
 
 
 def install(model: nn.Module, parts: dict[str, Any], config: MonkeyJumpConfig) -> None:
+    routers = {path: part for path, part in parts.items() if isinstance(part, Router) and part.experts}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wiring = Wiring(config, next(iter(parts.values())).current, parts, trained)
+    wiring = Wiring(config, Pass([None, None]), parts, routers, trained)
     if config.adapter != "peft":
         model.requires_grad_(False)
     for path, module in list(model.named_modules()):
-        above = not path or any(block.startswith(f"{path}.") for block in wiring.routers())
+        above = not path or any(block.startswith(f"{path}.") for block in routers)
         if path in parts:
             module.monkeyjump = parts[path].train(model.training)  # in eval mode new dropout must not drop
+            module.monkeyjump.current = wiring.current
             mixin = RoutedBlock if isinstance(parts[path], Router) else RoutedPeft if is_peft(module) else RoutedLinear
         elif above and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             module.monkeyjump, mixin = wiring, RoutedModel
@@ -778,7 +745,7 @@ def install(model: nn.Module, parts: dict[str, Any], config: MonkeyJumpConfig) -
 
 
 def remove_monkeyjump(model: nn.Module) -> nn.Module:
-    """Take everything off again: the base model, bit for bit, with the gradients that it required."""
+    """Give the base model back, bit for bit, requiring the gradients that it did."""
     trained = adapted(model).monkeyjump.trained_before
     for module in list(model.modules()):
         if isinstance(module, Routed):
@@ -791,21 +758,18 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it, in this thread, the model gives the base model's own output, exactly: a reference pass, as in DPO."""
-    switches = [(adapted(model).monkeyjump.current, "disabled")]
-    # PEFT's own switch serves also what is not routed: embeddings, heads, modules to save.
-    switches += [(module, "_disable_adapters") for module in model.modules() if hasattr(module, "_disable_adapters")]
-    before = [(part, name, getattr(part, name)) for part, name in switches]
-    try:
+    """Within it, in this thread, the model's output is exactly the base model's: DPO's reference pass."""
+    # PEFT's own switch turns off also what is not routed: embeddings, heads.
+    switches = [(m, "_disable_adapters") for m in model.modules() if hasattr(m, "_disable_adapters")]
+    switches.append((adapted(model).monkeyjump.current, "disabled"))
+    with contextlib.ExitStack() as stack:
         for part, name in switches:
+            stack.callback(setattr, part, name, getattr(part, name))
             setattr(part, name, True)
         yield
-    finally:
-        for part, name, value in before:
-            setattr(part, name, value)
 
 
-# -------------------------------------------------- centers from data
+# -------------------- centers from data
 def init_router_centers(
     model_or_trainer: Any,
     dataloader: Iterable[Any] | None = None,
@@ -815,140 +779,117 @@ def init_router_centers(
     rep_mode: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Set the centers of every block by k-means on the data (Monkey Jump, section 3), in just enough forward passes.
+    """Set the centers of every block by k-means on the data (section 3), in just enough forward passes.
 
-    Args:
-        model_or_trainer: an adapted model, or a transformers Trainer of one.
-        dataloader: batches that the model takes; None with a Trainer: its training batches.
-        subset_size: representations (real tokens or sequences) a block, over all ranks, at most an eighth of them from
-            one batch; they take 4 * subset_size * width * blocks bytes.
-        kmeans_iters: Lloyd's iterations.
-        rep_mode: None, or the applied one.
-        seed: of the choice of tokens and of k-means.
-
-    Raises:
-        ValueError: for wrong arguments, batches that the model does not take, too few of them; the centers stay.
+    Takes a model and batches, or a Trainer, which has its own. subset_size counts representations (tokens or sequences)
+    of all ranks. rep_mode must be the applied one. After an error the old centers stay.
     """
     from tqdm.auto import tqdm
 
-    if hasattr(model_or_trainer, "get_train_dataloader"):
-        dataloader = model_or_trainer.get_train_dataloader() if dataloader is None else dataloader
-        model_or_trainer = model_or_trainer.model
-    model, root = model_or_trainer, adapted(model_or_trainer)
-    if rep_mode not in (None, applied := root.monkeyjump.config.rep_mode):
-        raise ValueError(f"{rep_mode=}: the model was adapted with rep_mode={applied!r}")
-    if dataloader is None or any(type(n) is not int or n < 0 for n in (subset_size - 1, kmeans_iters, seed)):
+    model = model_or_trainer
+    if hasattr(model, "get_train_dataloader"):
+        dataloader = model.get_train_dataloader() if dataloader is None else dataloader
+        model = model.model
+    root, numbers = adapted(model), (subset_size, kmeans_iters, seed)
+    wiring, ranks = root.monkeyjump, dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if rep_mode not in (None, wiring.config.rep_mode):
+        raise ValueError(f"{rep_mode=}: the model was adapted with rep_mode={wiring.config.rep_mode!r}")
+    if dataloader is None or {*map(type, numbers)} != {int} or min(*numbers, subset_size - 1) < 0:
         given = f"{dataloader=}, {subset_size=}, {kmeans_iters=}, {seed=}"
-        raise ValueError(f"{given}: need batches (only a Trainer brings its own) and integers >= 1, >= 0 and >= 0")
-    wanted = -(-subset_size // world_size())
-    quota = -(-wanted // min(8, max(1, operator.length_hint(dataloader, 8))))
+        raise ValueError(f"{given}: must be batches, integers >= 1, 0, 0")
+    wanted = math.ceil(subset_size / ranks)
+    quota = math.ceil(wanted / min(8, max(1, operator.length_hint(dataloader, 8))))  # from one batch
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    seen = {router: router.centers[:0] for router in root.monkeyjump.routers().values()}  # directions [n, D]
+    seen = {router: router.centers[:0] for router in wiring.routers.values()}  # directions [n, D]
 
-    def collect(router: Router, args: tuple[Any, ...]) -> None:
-        directions, real = router.directions(args[0])
-        counts = directions.any(dim=-1)
-        directions = directions[counts if real is None else counts & real]
+    def sample(router: Router, directions: Tensor, real: Maybe) -> None:
+        usable = directions.any(dim=-1)
+        directions = directions[usable if real is None else usable & real]
         chosen = torch.randperm(len(directions), generator=generator)[:quota].to(directions.device)
         seen[router] = torch.cat([seen[router], directions[chosen]])[:wanted]
 
     training = [module for module in model.modules() if module.training]
-    handles = [router.register_forward_pre_hook(collect) for router in seen]
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        model.eval()
+        wiring.current.sample = sample
         try:
-            model.eval()
-            root.monkeyjump.current.sampled = True
-            with tqdm(total=wanted, desc="k-means: representations", leave=False) as bar:
-                for batch in dataloader:
-                    batch = [batch] if torch.is_tensor(batch) else batch
-                    given = batch if hasattr(batch, "items") else dict(zip(root.argument_names, batch, strict=False))
-                    if not any(torch.is_tensor(value) and value.dim() > 1 for value in given.values()):
-                        raise ValueError(
-                            f"a batch of the dataloader is {batch!r:.200}, not tensors that the model takes"
-                        )
-                    model(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in given.items()})
-                    bar.update(max(map(len, seen.values())) - bar.n)
-                    if bar.n >= wanted:
-                        break
+            for batch in tqdm(dataloader, desc="k-means", leave=False):
+                batch = [batch] if torch.is_tensor(batch) else batch
+                given = batch if hasattr(batch, "items") else dict(zip(root.argument_names, batch, strict=False))
+                if not any(torch.is_tensor(v) and v.dim() > 1 for v in given.values()):
+                    raise ValueError(f"a batch of the dataloader is {batch!r:.200}, not tensors [batch, ...]")
+                model(**{name: v.to(device) if torch.is_tensor(v) else v for name, v in given.items()})
+                if max(map(len, seen.values())) >= wanted:
+                    break
         finally:
-            root.monkeyjump.current.sampled = False
-            for handle in handles:
-                handle.remove()
+            wiring.current.sample = None
             for module in training:
                 module.training = True
         for router, points in seen.items():
-            if world_size() > 1:
-                of_all: list[Any] = [None] * world_size()
+            experts, of_all = len(router.experts), [points.cpu()] * ranks
+            if ranks > 1:
                 dist.all_gather_object(of_all, points.cpu())
-                points = torch.cat(of_all).to(points.device)
-            if len(points) < (experts := len(router.experts)):
-                raise ValueError(f"{len(points)} representations in these batches for {experts} experts: give more")
+            points = torch.cat(of_all).to(points.device)
+            if len(points) < experts:
+                raise ValueError(f"only {len(points)} representations for {experts} experts: give more batches")
             seen[router] = kmeans(points, experts, kmeans_iters, torch.Generator().manual_seed(seed))
+            if ranks > 1:
+                dist.broadcast(seen[router], 0)
         for router, centers in seen.items():
-            if world_size() > 1:
-                dist.broadcast(centers, 0)
             router.load_state_dict({"centers": centers}, strict=False)
 
 
-# -------------------------------------------------- saving, loading
-def saved_tensors(parts: dict[str, Router | Adapter]) -> dict[str, Tensor]:
-    """What an adapter file holds, by name: all but what only going on with training needs."""
+# -------------------- saving, loading
+def saved_tensors(parts: dict[str, Any]) -> dict[str, Tensor]:
+    """What an adapter file holds, by name: all but the state of training."""
     states = {f"{path}.monkeyjump.": part.state_dict(keep_vars=True).items() for path, part in parts.items()}
     tensors = {path + name: tensor for path, state in states.items() for name, tensor in state}
     return {name: t for name, t in tensors.items() if not re.search(r"\.(pending|sensitivity_|uncertainty_)\w*$", name)}
 
 
-def adapter_files(directory: str | os.PathLike[str], peft: bool) -> list[Path]:
-    prefix = "router" if peft else "adapter"
-    return [Path(directory, f"{prefix}_model.safetensors"), Path(directory, f"{prefix}_config.json")]
-
-
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write `adapter_model.safetensors`, which carries the config, and `adapter_config.json`, a copy to read.
 
-    Named `router_...` for adapter="peft", whose weights PEFT's own `save_pretrained` writes. A kill at any moment
-    leaves the old adapter or the new one. In a distributed run call it on every rank; rank 0 writes.
+    Named `router_...` for adapter="peft", whose weights PEFT saves. A kill leaves old or new. Call it on every rank.
     """
     from safetensors.torch import save_file
 
     wiring = adapted(model).monkeyjump
     tensors = saved_tensors(wiring.parts).items()
     whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors}  # of all shards (FSDP2)
-    if world_size() > 1 and dist.get_rank() != 0:
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return
-    weights, copy = adapter_files(directory, wiring.config.adapter == "peft")
-    text, temporary = json.dumps(dataclasses.asdict(wiring.config), indent=2), weights.with_name(f".{weights.name}.tmp")
-    os.makedirs(directory, exist_ok=True)
+    prefix = Path(directory, "router" if wiring.config.adapter == "peft" else "adapter")
+    weights, copy, temporary = Path(f"{prefix}_model.safetensors"), Path(f"{prefix}_config.json"), Path(f"{prefix}_new")
+    text = json.dumps(dataclasses.asdict(wiring.config), indent=2)
+    Path(directory).mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in whole.items()}, temporary, {"config": text})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
     copy.unlink(missing_ok=True)  # first, so that it is never that of other weights
-    os.replace(temporary, weights)
+    temporary.replace(weights)
     temporary.write_text(text)
-    os.replace(temporary, copy)
+    temporary.replace(copy)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Load what `save_adapter` wrote, into a plain base model (which is adapted) or one adapted with the same config.
 
-    Raises ValueError for whatever is missing, cut short, unknown, invalid, of another shape or not finite, and for
-    another config than the model's. The model stays as it was.
+    What does not fit or is not finite is a ValueError that changes nothing. ADAPTERS must hold your own methods.
     """
     from safetensors import SafetensorError, safe_open
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     root = adapted(model, needed=False)
-    weights, copy = adapter_files(directory, any(map(is_peft, model.modules())))
+    prefix = Path(directory, "router" if any(map(is_peft, model.modules())) else "adapter")
+    weights, copy = Path(f"{prefix}_model.safetensors"), Path(f"{prefix}_config.json")
     try:
         with safe_open(weights, framework="pt") as file:
             text = (file.metadata() or {}).get("config", "")
             if copy.is_file() and copy.read_text() != text:
-                raise ValueError(f"{copy.name} differs from the config in the weights' file, which counts: delete it")
+                raise ValueError(f"{copy.name} differs from the weights' config: delete it")
             config = MonkeyJumpConfig(**json.loads(text))
             if root is not None and config != root.monkeyjump.config:
                 raise ValueError(f"saved with {config}, but the model has {root.monkeyjump.config}")
-            # On "meta" the parts cost nothing, whatever rank the file asks for.
-            parts = root.monkeyjump.parts if root is not None else make_parts(model, config, torch.device("meta"))
+            parts = make_parts(model, config, "meta") if root is None else root.monkeyjump.parts  # costs nothing
             needed = {name: list(tensor.shape) for name, tensor in saved_tensors(parts).items()}
             given = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             for name in sorted(given.keys() | needed.keys()):
@@ -966,7 +907,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
 
 def print_trainable_parameters(model: nn.Module) -> str:
-    """Print, and return, how many parameters are trained, of how many; packed 4-bit weights count singly."""
+    """Print and return how many parameters are trained, of how many; 4-bit weights are counted unpacked."""
     packed = {p: 2 * p.element_size() for p in model.parameters() if type(p).__name__ == "Params4bit"}
     total = sum(p.numel() * packed.get(p, 1) for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -977,14 +918,13 @@ def print_trainable_parameters(model: nn.Module) -> str:
 
 @torch.no_grad()
 def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What each block's experts received in training forwards since the last reset (of all ranks, up to the last step).
+    """What each block's experts received in training since the last reset, of all ranks up to the last step.
 
-    By block: experts (names); count of representations; share [E] of them (top-1) and gate_mass [E], each of sum 1;
-    entropy of the shares in nats (log E: balanced); cosine [E], mean of an expert's directions to its center;
-    center_cosine [E, E].
+    share, gate_mass [E]: parts of the count, of the gates; entropy: of the shares; cosine [E]: of its directions to a
+    center; center_cosine [E, E].
     """
     result = {}
-    for path, router in adapted(model).monkeyjump.routers().items():
+    for path, router in adapted(model).monkeyjump.routers.items():
         centers, served = router.centers.cpu(), (router.served + router.gathered).cpu()
         sums, gates = served.tensor_split([centers.shape[1]], dim=1)  # [E, D], [E, E]
         counts, total = gates.sum(dim=1), gates.sum().clamp(min=1.0)
@@ -998,15 +938,16 @@ def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[s
             "cosine": einsum(sums, centers, "e d, e d -> e") / counts.clamp(min=1.0),
         }
         if reset:
-            router.served.copy_(-router.gathered)  # the next step adds what is gathered again
+            router.served.copy_(-router.gathered)  # reported already; the next step adds it
     return result
 
 
-# -------------------------------------------------- AdaLoRA's schedule
+# -------------------- AdaLoRA's schedule
 def adalora(model: nn.Module) -> list[AdaLoRA]:
-    adapters = [part for part in adapted(model).monkeyjump.parts.values() if isinstance(part, AdaLoRA)]
+    wiring = adapted(model).monkeyjump
+    adapters = [part for part in wiring.parts.values() if isinstance(part, AdaLoRA)]
     if not adapters:
-        raise ValueError(f"adapter={adapted(model).monkeyjump.config.adapter!r}: this is for adapter='adalora'")
+        raise ValueError(f"adapter={wiring.config.adapter!r}: this is for adapter='adalora'")
     return adapters
 
 
@@ -1025,18 +966,17 @@ def allocate_ranks(
 ) -> None:
     """AdaLoRA's pruning (Zhang et al. 2023, section 3): once a step, between optimizer.step() and zero_grad().
 
-    A triplet (column of P, entry of L, row of Q) is as important as its sensitivity |w dL/dw|, smoothed by beta1, times
-    its uncertainty, smoothed by beta2. The budget of triplets over all projections falls from rank to target_rank,
-    cubically; every interval the L of the least important become zero, and may recover, but in the final steps. Steps
-    count from 1.
+    A triplet (column of P, entry of L, row of Q) is as important as its sensitivity |w dL/dw| times its uncertainty,
+    smoothed by beta1 and beta2. The budget of triplets falls cubically from rank to target_rank a projection: every
+    interval the L of the least important become zero, and may recover until the final steps. Steps count from 1.
     """
     adapters = adalora(model)
-    start = sum(adapter.lora_E.numel() for adapter in adapters)
+    start = sum(len(adapter.lora_E) for adapter in adapters)
     rank, last = start / len(adapters), total_steps - final_steps
     right = 0 < target_rank <= rank and 0 <= initial_steps < last <= total_steps and interval >= 1
     if not (right and 0 <= beta1 < 1 and 0 <= beta2 < 1):
         given = f"{target_rank=}, {initial_steps=}, {final_steps=}, {total_steps=}, {interval=}, {beta1=}, {beta2=}"
-        raise ValueError(f"{given}: need 0 < target_rank <= {rank}, steps in between, interval >= 1, betas in [0, 1)")
+        raise ValueError(f"{given}: need ranks <= {rank}, steps in order, interval >= 1, 0 <= betas < 1")
     scores = []
     for adapter in adapters:
         score = {}
@@ -1048,18 +988,15 @@ def allocate_ranks(
                 uncertainty.lerp_((now - sensitivity).abs(), 1.0 - beta2)
             score[name] = sensitivity * uncertainty
         scores.append(score["lora_E"] + score["lora_A"].mean(dim=1) + score["lora_B"].mean(dim=0))
-    if step <= initial_steps or step < last and step % interval:
-        return
-    left = max(0.0, 1.0 - (step - initial_steps) / (last - initial_steps))
-    target = target_rank * len(adapters)
-    budget = int(target + (start - target) * left**3)
-    if budget < start:
+    target, left = target_rank * len(adapters), (last - step) / (last - initial_steps)
+    budget = int(target + (start - target) * max(0.0, left) ** 3)
+    if initial_steps < step and (step >= last or step % interval == 0) and budget < start:
         threshold = torch.cat(scores).kthvalue(start - budget).values
         for adapter, score in zip(adapters, scores, strict=True):
             adapter.lora_E.masked_fill_(score <= threshold, 0.0)
 
 
 def orthogonal_regularization(model: nn.Module) -> Tensor:
-    """Mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over the AdaLoRA adapters; scaled, a part of the loss."""
+    """Mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over the adapters; scaled, a part of AdaLoRA's loss."""
     grams = [gram for a in adalora(model) for gram in (a.lora_B.T @ a.lora_B, a.lora_A @ a.lora_A.T)]
     return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]).mean()
