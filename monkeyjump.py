@@ -19,9 +19,8 @@ an expert, and the centers follow the data by an exponential moving average.
     real        [B, T], False: padding; None: all   gates       [B, N, E], top_k of them not 0, of sum 1
     prompt_end  [B]; None: the last real token      gate        [B, N, 1], that of one expert
 
-Papers: Monkey Jump (Prottasha et al. 2026, arXiv 2601.06356), LoRA (Hu 2021, 2106.09685), LoRA-FA (Zhang 2023,
-2308.03303), AdaLoRA (Zhang 2023, 2303.10512), Propulsion (Kowsher 2024, 2409.10927). "Departure:" marks what differs
-on purpose from the authors' code (github.com/Nusrat-Prottasha/MonkeyJump).
+Papers: Monkey Jump (arXiv 2601.06356), LoRA (2106.09685), LoRA-FA (2308.03303), AdaLoRA (2303.10512), Propulsion
+(2409.10927). "Departure:" marks what differs from the authors' code (github.com/Nusrat-Prottasha/MonkeyJump).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# -------------------- mathematics
+# ---------- mathematics
 REP_MODES = ("token", "last", "mean", "prompt_end")
 Maybe = Tensor | None
 
@@ -125,7 +124,7 @@ def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Gene
     return centers
 
 
-# -------------------- adapters
+# ---------- adapters
 class Float32Module(nn.Module):
     """Follows the model to any device, but stays float32 when it is cast: small steps are lost in less."""
 
@@ -169,7 +168,7 @@ class LoRA(Adapter):
         return self.lora_A
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [r, in] and (alpha/r) B^T [r, out], cast; kept in inference, where casting takes longer than using."""
+        """A [r, in] and (alpha/r) B^T [r, out], cast; kept in inference, where casting takes longest."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 self.cast = None  # what is written through .data leaves no trace
@@ -219,16 +218,16 @@ class Propulsion(Adapter):
 
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
         push = (1.0 + self.propulsion) ** self.degree - 1.0
-        return base + gate * base * push.to(base.dtype)  # backward keeps gate * base and nothing else of that size
+        return base + gate * base * push.to(base.dtype)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "lorafa": LoRAFA, "adalora": AdaLoRA, "propulsion": Propulsion}
 ADAPTERS["peft"] = Adapter  # holds the place of PEFT's own adapter, see RoutedPeft
 
 
-# -------------------- router
+# ---------- router
 class Pass(threading.local):
-    """What a call of the model shares with its blocks and projections, each thread for itself."""
+    """What a call of the model shares with its blocks and projections; each thread has its own."""
 
     def __init__(self, latest: list[Maybe]) -> None:
         self.disabled = False  # by disable_adapters
@@ -281,9 +280,9 @@ class Router(Float32Module):
             return hidden.new_ones(1)
         # A checkpoint around the block recomputes it in a backward pass, maybe in a thread without rows of its own.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        rows = current.rows or current.latest
-        rows = rows if self.reads_text and not (again and config.rep_mode == "token") else (None, None)
-        real, prompt_end = [None if tensor is None else tensor.to(hidden.device) for tensor in rows]
+        needless = not self.reads_text or again and config.rep_mode == "token"
+        rows = (None, None) if needless else current.rows or current.latest
+        real, prompt_end = [None if row is None else row.to(hidden.device) for row in rows]
         hidden = hidden.detach()  # no gradient goes through the router
         hidden = hidden[None] if hidden.dim() == 2 else hidden  # vision blocks may see packed patches [T, D]
         wanted = [*(hidden.shape[:2] if real is None else real.shape), self.centers.shape[1]]
@@ -307,7 +306,7 @@ class Router(Float32Module):
 
 @torch.no_grad()
 def update_router_centers(model: nn.Module) -> None:
-    """Move the centers, if due, by what all ranks gathered; every torch optimizer's step calls this."""
+    """Move the centers, if due, by what all ranks gathered; every optimizer step calls this."""
     # Departure: not in a forward, so that checkpoints, micro-batches and ranks see the same centers.
     wiring = adapted(model).monkeyjump
     config, wiring.collected = wiring.config, False
@@ -326,7 +325,7 @@ def update_router_centers(model: nn.Module) -> None:
         router.pending *= ~due
 
 
-# -------------------- routed classes
+# ---------- routed classes
 # Who takes part is given a subclass of its own class, as by FSDP2: no name changes. A call meets these mixins in turn.
 
 
@@ -344,6 +343,8 @@ class RoutedModel(Routed):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.argument_names = list(inspect.signature(cls.forward).parameters)[1:]
+        for name in {"merge_adapter", "merge_and_unload", "unload"}.intersection(dir(cls)):  # of PEFT's tuners
+            setattr(cls, name, RoutedPeft.merge)
         if prepare := getattr(cls, "prepare_inputs_for_generation", None):
 
             @functools.wraps(prepare)  # generate() reads its signature
@@ -351,7 +352,7 @@ class RoutedModel(Routed):
                 inputs, cache = prepare(self, *args, **kwargs), cache_of(kwargs)
                 if cache is not None and kwargs.get("is_first_iteration"):
                     vars(cache).pop("monkeyjump_gates", None)  # of an older generation
-                return inputs | {"monkeyjump_mask": kwargs.get("attention_mask")}  # still 2-D
+                return inputs | {"monkeyjump_mask": kwargs.get("attention_mask")}
 
             cls.prepare_inputs_for_generation = prepare_inputs_for_generation
 
@@ -413,11 +414,11 @@ class RoutedPeft(Routed):
         y = super().forward(x, *args, **kwargs)
         if gates is None or adapter.expert is None:
             return y
-        base = self.get_base_layer()(x, *args, **kwargs).to(y.dtype)
+        base = self.get_base_layer()(x).to(y.dtype)
         return torch.lerp(base, y, gate_of(adapter.expert, gates, x).to(y.dtype))
 
     def merge(self, *args, **kwargs) -> None:
-        raise ValueError("routed adapters cannot be merged: their gates differ by token")
+        raise ValueError("routed adapters cannot be merged: gates differ by token")
 
 
 def gate_of(expert: int | None, gates: Tensor, x: Tensor) -> Tensor | float:
@@ -439,11 +440,11 @@ def cache_of(given: dict[str, Any]) -> Any:
 
 
 def note_rows(current: Pass, given: dict[str, Any], mode: str) -> None:
-    """Note what routing needs of a model's arguments; ValueError for what it would get wrong."""
+    """Note what routing needs of a model's arguments; ValueError for what it gets wrong."""
     current.rows, current.kept, current.routed = (None, None), {}, {}
     tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     if tokens is None or mode == "token" and not (current.collecting or current.sample):
-        return  # in inference a padded token's routing harms nobody
+        return
     # Departure: padding by the 2-D mask at the model's entry; blocks see a 4-D mask or none.
     mask, real, past, wrong = given.get("monkeyjump_mask", given.get("attention_mask")), None, 0, ""
     if isinstance(mask, Tensor) and mask.dim() == 2:  # [B, past + T]
@@ -464,7 +465,7 @@ def note_rows(current: Pass, given: dict[str, Any], mode: str) -> None:
     elif labels is not None and labels.shape == real.shape:
         end = last_of_prompt(labels, real)
     elif current.collecting:
-        wrong = "training needs prompt_end or labels, which label smoothing takes away"
+        wrong = "training needs prompt_end or labels (label smoothing takes them)"
     packed = [name for name in given if re.match("cu_seq|seq_idx", name) and given[name] is not None]
     if isinstance(position, Tensor) and position.shape == real.shape and not torch.compiler.is_compiling():
         starts_anew = (position[:, 1:] <= position[:, :-1]) & real[:, 1:] & real[:, :-1]
@@ -481,13 +482,13 @@ def note_rows(current: Pass, given: dict[str, Any], mode: str) -> None:
 
 
 @functools.cache
-def routed_class(mixin: type, original: type) -> type:
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}  # transformers asks for them
-    return type(original)(original.__name__, (mixin, original), names)
+def routed_class(mixin: type, kind: type) -> type:
+    # With the original's names, for which transformers asks.
+    return type(kind)(kind.__name__, (mixin, kind), {n: getattr(kind, n) for n in ("__module__", "__qualname__")})
 
 
-def new_routed(mixin: type, original: type) -> nn.Module:
-    kind = routed_class(mixin, original)
+def new_routed(mixin: type, kind: type) -> nn.Module:
+    kind = routed_class(mixin, kind)
     module = kind.__new__(kind)
     if mixin is RoutedModel:
         MODELS.append(weakref.ref(module, MODELS.remove))
@@ -495,9 +496,10 @@ def new_routed(mixin: type, original: type) -> nn.Module:
 
 
 def change_class(module: nn.Module, kind: type) -> None:
+    for name in ("forward", "_old_forward"):  # accelerate and transformers keep what forward was when they came
+        if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
+            setattr(module, name, kind.forward.__get__(module))
     module.__class__ = kind
-    if "_old_forward" in vars(module):  # accelerate's hooks call what forward was when they came
-        module._old_forward = kind.forward.__get__(module)
 
 
 @dataclasses.dataclass
@@ -516,7 +518,7 @@ def adapted(model: nn.Module, needed: bool = True) -> nn.Module | None:
     """The adapted model inside whatever wraps it now: DDP, torch.compile, PEFT, ..."""
     root = next((module for module in model.modules() if isinstance(module, RoutedModel)), None)
     if root is None and needed:
-        raise ValueError(f"this {type(model).__name__} carries no Monkey Jump: call apply_monkeyjump first")
+        raise ValueError(f"{type(model).__name__} carries no Monkey Jump: call apply_monkeyjump first")
     return root
 
 
@@ -524,36 +526,38 @@ MODELS: list[weakref.ref[nn.Module]] = []  # in the same order on all ranks
 
 
 @register_optimizer_step_post_hook
-def after_optimizer_step(*_) -> None:  # of any optimizer: FSDP1's and ZeRO's parameters are flattened
+def after_optimizer_step(*_) -> None:  # of any optimizer: FSDP1 and ZeRO flatten parameters
     for model in [reference() for reference in MODELS]:
         if isinstance(model, RoutedModel) and model.monkeyjump.collected:
             update_router_centers(model)
 
 
-# -------------------- blocks and projections
+# ---------- blocks and projections
 # A token mixer asks who else is there, as no feed-forward does, or hands **kwargs on to a kernel.
 MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^(state|kwargs)$")
 # Routers and indexers have no gradient; mamba never calls dt_proj; kv_b_proj sees cached latents again, zaya's
 # v_proj_delayed a blank token, cross-attention an image's.
-NOT_A_PROJECTION = re.compile(r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed|cross_?att", re.I)
+NOT_A_PROJECTION = re.compile(
+    r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed|(cross|encoder)_?att", re.I
+)
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a dense linear layer of any kind, also quantised; None for anything else."""
     layer = layer.get_base_layer() if is_peft(layer) else layer
-    kind = type(layer).__name__  # a grouped linear is block-diagonal, with no single matrix to adapt
+    kind = type(layer).__name__  # a grouped linear has no single matrix to adapt
     if hasattr(layer, "in_features") and hasattr(layer, "out_features") and "Grouped" not in kind:
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape) if kind == "Conv1D" and hasattr(layer, "nf") else None  # GPT-2: [in, out]
 
 
 def is_peft(module: nn.Module) -> bool:
-    """A layer that PEFT adapted, but not by `target_parameters`, which changes the base layer's own weight."""
+    """A layer that PEFT adapted; but `target_parameters` changes the base layer's own weight."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merged") and not hasattr(module, "parameter_name")
 
 
 def projections(block: nn.Module, peft: bool = False) -> list[str]:
-    """Paths of a block's dense linears, or of those that PEFT adapted (outermost), as found."""
+    """Paths of a block's dense linears, or of those that PEFT adapted, as found."""
     found = {path: is_peft(module) for path, module in block.named_modules() if features(module)}
     return [path for path in found if not peft or found[path] and not path.endswith("base_layer")]
 
@@ -594,7 +598,7 @@ def find_blocks(model: nn.Module, blocks: dict[str, list[int]] | None) -> dict[s
     return {path: module for path, module in modules.items() if path in chosen}
 
 
-# -------------------- applying, removing
+# ---------- applying, removing
 @dataclasses.dataclass(frozen=True)
 class MonkeyJumpConfig:
     """The options of `apply_monkeyjump`. Raises ValueError for one that is not as said here."""
@@ -688,7 +692,7 @@ def make_parts(model: nn.Module, config: MonkeyJumpConfig, device: Any = None) -
         (any(layer.merged for layer in layers), "has merged PEFT adapters"),
     ):
         if wrong:
-            raise ValueError(f"this {type(model).__name__} {message}")
+            raise ValueError(f"{type(model).__name__} {message}")
 
     def match(paths: list[str], names: list[str]) -> list[str]:  # in the order of the names, then as found
         return list(dict.fromkeys(path for name in names for path in paths if f".{path}".endswith(f".{name}")))
@@ -726,7 +730,7 @@ def make_parts(model: nn.Module, config: MonkeyJumpConfig, device: Any = None) -
 
 def install(model: nn.Module, parts: dict[str, Any], config: MonkeyJumpConfig) -> None:
     routers = {path: part for path, part in parts.items() if isinstance(part, Router) and part.experts}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and config.adapter != "peft"]
     wiring = Wiring(config, Pass([None, None]), parts, routers, trained)
     if config.adapter != "peft":
         model.requires_grad_(False)
@@ -758,8 +762,8 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it, in this thread, the model's output is exactly the base model's: DPO's reference pass."""
-    # PEFT's own switch turns off also what is not routed: embeddings, heads.
+    """Within it, in this thread, the output is exactly the base model's: a reference pass, as in DPO."""
+    # PEFT's own switch serves also what is not routed: embeddings, heads.
     switches = [(m, "_disable_adapters") for m in model.modules() if hasattr(m, "_disable_adapters")]
     switches.append((adapted(model).monkeyjump.current, "disabled"))
     with contextlib.ExitStack() as stack:
@@ -769,7 +773,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
 
 
-# -------------------- centers from data
+# ---------- centers from data
 def init_router_centers(
     model_or_trainer: Any,
     dataloader: Iterable[Any] | None = None,
@@ -839,7 +843,7 @@ def init_router_centers(
             router.load_state_dict({"centers": centers}, strict=False)
 
 
-# -------------------- saving, loading
+# ---------- saving, loading
 def saved_tensors(parts: dict[str, Any]) -> dict[str, Tensor]:
     """What an adapter file holds, by name: all but the state of training."""
     states = {f"{path}.monkeyjump.": part.state_dict(keep_vars=True).items() for path, part in parts.items()}
@@ -850,13 +854,13 @@ def saved_tensors(parts: dict[str, Any]) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write `adapter_model.safetensors`, which carries the config, and `adapter_config.json`, a copy to read.
 
-    Named `router_...` for adapter="peft", whose weights PEFT saves. A kill leaves old or new. Call it on every rank.
+    Named `router_...` for adapter="peft", whose weights PEFT saves. A kill leaves old or new. Call it on all ranks.
     """
     from safetensors.torch import save_file
 
     wiring = adapted(model).monkeyjump
-    tensors = saved_tensors(wiring.parts).items()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors}  # of all shards (FSDP2)
+    tensors = saved_tensors(wiring.parts)
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return
     prefix = Path(directory, "router" if wiring.config.adapter == "peft" else "adapter")
@@ -889,7 +893,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             config = MonkeyJumpConfig(**json.loads(text))
             if root is not None and config != root.monkeyjump.config:
                 raise ValueError(f"saved with {config}, but the model has {root.monkeyjump.config}")
-            parts = make_parts(model, config, "meta") if root is None else root.monkeyjump.parts  # costs nothing
+            parts = make_parts(model, config, "meta") if root is None else root.monkeyjump.parts
             needed = {name: list(tensor.shape) for name, tensor in saved_tensors(parts).items()}
             given = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             for name in sorted(given.keys() | needed.keys()):
@@ -907,7 +911,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def print_trainable_parameters(model: nn.Module) -> str:
-    """Print and return how many parameters are trained, of how many; 4-bit weights are counted unpacked."""
+    """Print and return how many parameters are trained, of how many; 4-bit weights unpacked."""
     packed = {p: 2 * p.element_size() for p in model.parameters() if type(p).__name__ == "Params4bit"}
     total = sum(p.numel() * packed.get(p, 1) for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -916,17 +920,14 @@ def print_trainable_parameters(model: nn.Module) -> str:
     return line
 
 
-@torch.no_grad()
 def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[str, Any]]:
     """What each block's experts received in training since the last reset, of all ranks up to the last step.
 
-    share, gate_mass [E]: parts of the count, of the gates; entropy: of the shares; cosine [E]: of its directions to a
-    center; center_cosine [E, E].
+    count of representations; share [E] of them; gate_mass [E], of the gates; entropy of the shares, log E if balanced.
     """
     result = {}
     for path, router in adapted(model).monkeyjump.routers.items():
-        centers, served = router.centers.cpu(), (router.served + router.gathered).cpu()
-        sums, gates = served.tensor_split([centers.shape[1]], dim=1)  # [E, D], [E, E]
+        gates = (router.served + router.gathered)[:, router.centers.shape[1] :].cpu()  # [E, E], summed by best expert
         counts, total = gates.sum(dim=1), gates.sum().clamp(min=1.0)
         result[path] = {
             "experts": list(router.experts),
@@ -934,21 +935,18 @@ def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[s
             "share": counts / total,
             "gate_mass": gates.sum(dim=0) / total,
             "entropy": torch.special.entr(counts / total).sum().item(),
-            "center_cosine": centers @ centers.T,
-            "cosine": einsum(sums, centers, "e d, e d -> e") / counts.clamp(min=1.0),
         }
         if reset:
             router.served.copy_(-router.gathered)  # reported already; the next step adds it
     return result
 
 
-# -------------------- AdaLoRA's schedule
+# ---------- AdaLoRA's schedule
 def adalora(model: nn.Module) -> list[AdaLoRA]:
     wiring = adapted(model).monkeyjump
-    adapters = [part for part in wiring.parts.values() if isinstance(part, AdaLoRA)]
-    if not adapters:
+    if wiring.config.adapter != "adalora":
         raise ValueError(f"adapter={wiring.config.adapter!r}: this is for adapter='adalora'")
-    return adapters
+    return [part for part in wiring.parts.values() if isinstance(part, AdaLoRA)]
 
 
 @torch.no_grad()
@@ -967,8 +965,8 @@ def allocate_ranks(
     """AdaLoRA's pruning (Zhang et al. 2023, section 3): once a step, between optimizer.step() and zero_grad().
 
     A triplet (column of P, entry of L, row of Q) is as important as its sensitivity |w dL/dw| times its uncertainty,
-    smoothed by beta1 and beta2. The budget of triplets falls cubically from rank to target_rank a projection: every
-    interval the L of the least important become zero, and may recover until the final steps. Steps count from 1.
+    smoothed by beta1 and beta2. The budget falls cubically from rank to target_rank a projection: every interval the L
+    of the least important become zero, and may recover until the final steps. Steps count from 1.
     """
     adapters = adalora(model)
     start = sum(len(adapter.lora_E) for adapter in adapters)

@@ -1,14 +1,16 @@
-r"""What the router does, drawn: experts per block, experts per task, representations with their centers, costs.
+"""The evidence, drawn: quality against parameters, who serves which tokens, representations with centers, costs.
 
-    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER [--options centered=true] [--adapter SAVED]
-    python benchmarks/cost.py --json cost.json && python benchmarks/figures.py --cost cost.json
+    python benchmarks/figures.py                                                  # quality.png, routing.png
+    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER        # representations.png
+    python benchmarks/cost.py --json cost.json && python benchmarks/figures.py --cost cost.json        # cost.png
 
-The first writes routing.png and representations.png, the second cost.png, beside this file or into --out. Without
---adapter, Monkey Jump is applied with --options and its centers are set by k-means on training rows.
+The first two are made of quality.jsonl, the fourth of what cost.py wrote; only the third needs a model. All are
+written beside this file.
 """
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -16,92 +18,117 @@ import quality
 import torch
 from torch import Tensor, nn
 
-import monkeyjump as mj
-
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+FOLDER = Path(__file__).parent
 COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]
+plt.rcParams |= {"font.size": 9, "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True}
+
+
+def draw_quality(results: list[dict], path: Path) -> None:
+    """nll against trained parameters, a mark a method: mean and standard deviation over its seeds."""
+    names = {method: name for name, method in quality.METHODS.items()}
+    runs = quality.group(results)
+    kinds = list(dict.fromkeys(quality.projections(method) for method in runs))
+    grays = {"lora": "black", "moe_lora": "#888888", "hydra_lora": "#bbbbbb"}
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    drawn: dict[int, int] = {}  # methods of the same size are drawn side by side
+    for method, by_seed in runs.items():
+        size = next(iter(by_seed.values()))["parameters"]
+        drawn[size] = drawn.get(size, -1) + 1
+        nll = [run["nll"] for run in by_seed.values()]
+        axis.errorbar(
+            size * 1.06 ** drawn[size], statistics.mean(nll), statistics.stdev(nll) if len(nll) > 1 else None,
+            fmt="osD"[kinds.index(quality.projections(method))], color=grays.get(method.split()[0]), markersize=8,
+            capsize=3, label=f"{names.get(method, method)} ({len(nll)})",
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel="trained parameters", ylabel="nll of the right answer (lower is better)")
+    axis.set_xticks(list(drawn), [f"{size:,}" for size in drawn])
+    axis.set_xticks([], minor=True)
+    axis.margins(0.15)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", title="method (seeds)")
+    figure.savefig(path)
+
+
+def stack(axis, labels: list[str], shares: list[list[int]], experts: list[str]) -> None:
+    """Horizontal bars of shares in thousandths, an expert a color."""
+    left = [0.0] * len(shares)
+    for e, name in enumerate(experts):
+        widths = [row[e] / 1000 for row in shares]
+        axis.barh(labels, widths, left=left, color=COLORS[e], label=name, height=0.85)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set(xlim=(0, 1), xlabel="share of tokens")
+    axis.invert_yaxis()
+
+
+def draw_routing(result: dict, path: Path) -> None:
+    """Share of each expert by block, over the second half of training, and by task in the block that separates most."""
+    experts = quality.parse(result["method"])[1]["linears"]
+    tasks = sorted(result["shares_by_task"])
+    by_task = torch.tensor([result["shares_by_task"][task] for task in tasks], dtype=torch.float)  # [tasks, L, E]
+    block = int(by_task.std(dim=0).mean(dim=-1).argmax())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8))
+    stack(left, [str(i) for i in range(len(result["shares"]))], list(result["shares"].values()), experts)
+    left.set(title="by block, in training", ylabel="adapted block")
+    stack(right, tasks, by_task[:, block].tolist(), experts)
+    right.set(title=f"by task, test rows, block {block}")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(experts))
+    figure.savefig(path)
 
 
 @torch.no_grad()
-def collect(model: nn.Module, rows: list[dict], pad: int) -> tuple[dict[str, Tensor], list[str]]:
-    """By block the representations [N, D] of all real tokens (or sequences), and the task of each of the N."""
-    found: dict[str, list[Tensor]] = {}
-    tasks: list[str] = []
-    routers = {name.removesuffix(".monkeyjump"): m for name, m in model.named_modules() if isinstance(m, mj.Router)}
+def representations(model: nn.Module, rows: list[dict], pad: int, blocks: list[str]) -> dict[str, Tensor]:
+    """By block, the directions [N, D] of the inputs of all real tokens."""
+    import monkeyjump as mj
 
-    def watch(name: str, router: nn.Module):
-        def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            _, representations, valid = router.observe(args, kwargs)
-            kept = representations.flatten(0, 1) if valid is None else representations[valid]
-            found.setdefault(name, []).append(kept.cpu())
+    found: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    real = None
 
-        return hook
+    def watch(block: str):
+        return lambda _, args: found[block].append(mj.unit(args[0])[real].cpu())
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(watch(name, router), with_kwargs=True)
-        for name, router in routers.items()
-    ]
-    device = next(model.parameters()).device
+    hooks = [model.get_submodule(block).register_forward_pre_hook(watch(block)) for block in blocks]
     model.eval()
-    for start in range(0, len(rows), 32):
-        batch = rows[start : start + 32]
-        quality.answer_logits(model, batch, pad, device)
-        first = next(iter(found.values()))[-1]
-        each = [len(row["ids"]) for row in batch] if len(first) != len(batch) else [1] * len(batch)
-        tasks += [row["task"] for row, count in zip(batch, each, strict=True) for _ in range(count)]
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}, tasks
+    for start in range(0, len(rows), 8):
+        inputs = quality.collate(rows[start : start + 8], pad, next(model.parameters()).device)
+        real = inputs["attention_mask"].bool()
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return {block: torch.cat(parts) for block, parts in found.items()}
 
 
-def shares(assigned: Tensor, experts: int) -> Tensor:
-    return torch.bincount(assigned, minlength=experts) / max(1, len(assigned))
+def draw_representations(points: dict[str, Tensor], centers: dict[str, Tensor], experts: list[str], path: Path) -> None:
+    """Two principal components of the directions; each center where its cluster is.
 
-
-def draw_routing(assigned: dict[str, Tensor], tasks: list[str], experts: list[str], path: Path) -> None:
-    """Heat maps of top-1 shares: blocks x experts, and tasks x experts in the block that separates tasks best."""
-    by_block = torch.stack([shares(a, len(experts)) for a in assigned.values()])  # [L, E]
-    kinds = sorted(set(tasks))
-    is_kind = {kind: torch.tensor([task == kind for task in tasks]) for kind in kinds}
-    by_task = torch.stack([  # [L, tasks, E]
-        torch.stack([shares(a[is_kind[kind]], len(experts)) for kind in kinds]) for a in assigned.values()
-    ])  # fmt: skip
-    best = int(by_task.std(dim=1).mean(dim=-1).argmax())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
-    left.imshow(by_block.T, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    left.set(title="share of tokens by block", xlabel="block", yticks=range(len(experts)), yticklabels=experts)
-    image = right.imshow(by_task[best], aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    right.set(title=f"share of tokens by task, block {best}", xticks=range(len(experts)), xticklabels=experts)
-    right.set(yticks=range(len(kinds)), yticklabels=kinds)
-    figure.colorbar(image, ax=right)
-    figure.savefig(path, dpi=80)
-
-
-def draw_representations(points: list[tuple[str, Tensor, Tensor, Tensor]], experts: list[str], path: Path) -> None:
-    """(title, representations [N, D], centers [E, D], expert of each [N]): their first two principal components."""
-    figure, axes = plt.subplots(1, len(points), figsize=(4 * len(points), 3.6), layout="constrained", squeeze=False)
-    for axis, (title, x, centers, assigned) in zip(axes[0], points, strict=True):
+    A center is a unit vector and the mean of its cluster is shorter, by the mean cosine between the two: so it is
+    drawn at center times mean cosine, which after k-means is the cluster's mean.
+    """
+    figure, axes = plt.subplots(1, len(points), figsize=(8, 3.2), squeeze=False)
+    for axis, (block, x) in zip(axes[0], points.items(), strict=True):
+        cosines, mine = (x @ centers[block].T).max(dim=-1)
         mean = x.mean(dim=0)
-        plane = torch.pca_lowrank(x - mean, q=2)[2]  # [D, 2]
-        flat, stars = (x - mean) @ plane, (centers - mean) @ plane
+        plane = torch.linalg.svd(x - mean, full_matrices=False).Vh[:2].T  # [D, 2]
+        flat = (x - mean) @ plane
         for e, name in enumerate(experts):
-            color = COLORS[e % len(COLORS)]
-            mine = flat[assigned == e]
-            mine = mine[:: 1 + len(mine) // 400]  # enough to see, and a small file
-            axis.scatter(*mine.T, s=4, color=color, alpha=0.5, linewidths=0, label=name)
-            axis.scatter(*stars[e], s=180, marker="*", color=color, edgecolors="black")
-        axis.set(title=title, xticks=[], yticks=[])
-    axes[0, 0].legend(markerscale=3, fontsize=8)
-    figure.savefig(path, dpi=80)
+            some = flat[mine == e]
+            axis.scatter(*some[:: 1 + len(some) // 400].T, s=5, color=COLORS[e], alpha=0.5, linewidths=0, label=name)
+        for e in range(len(experts)):  # after all points, to lie above them
+            star = (centers[block][e] * cosines[mine == e].mean() - mean) @ plane
+            axis.scatter(*star, s=200, marker="*", color=COLORS[e], edgecolors="black")
+        axis.set(title=f"block {block.rpartition('.')[2]}", xticks=[], yticks=[])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(experts), markerscale=3)
+    figure.savefig(path)
 
 
 def draw_cost(cost: dict, path: Path) -> None:
     """Bars of every system for the figures of cost.py's training table that matter most."""
     rows, kinds = cost["training"], ("kept MB above floor", "peak MB above floor", "aten calls", "bf16 / PEFT LoRA")
     columns = [kind for kind in kinds if kind in rows[0]]
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(columns), figsize=(8, 3), sharey=True)
     for axis, column in zip(axes, columns, strict=True):
         bars = axis.barh([row["system"] for row in rows], [row[column] for row in rows], color=COLORS[0])
         axis.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.2f}", padding=3)
@@ -110,55 +137,43 @@ def draw_cost(cost: dict, path: Path) -> None:
         axis.set(title=column)
     axes[0].invert_yaxis()
     figure.suptitle(cost["setting"], fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder, hub id or .gguf file")
-    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--adapter", help="what save_adapter wrote")
-    parser.add_argument("--options", nargs="*", default=[], help="name=value of apply_monkeyjump")
-    parser.add_argument("--rows", type=int, default=24, help="test rows a task")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 15, 28], help="blocks to show in the projection")
-    parser.add_argument("--cost", help="what cost.py --json wrote: draw that and stop")
-    parser.add_argument("--out", default=str(Path(__file__).parent))
+    parser.add_argument("--results", default=str(FOLDER / "quality.jsonl"), help="what quality.py wrote")
+    parser.add_argument("--method", default=quality.RECOMMENDED, help="the form to draw, a method of quality.py")
+    parser.add_argument("--model", help="folder, hub id or .gguf file, for the representations")
+    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl, for the representations")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 15, 28], help="blocks to show")
+    parser.add_argument("--cost", help="what cost.py --json wrote")
     args = parser.parse_args()
+    method = quality.METHODS.get(args.method, args.method)
+    _, options = quality.parse(method)
+    options.pop("assign", None)
     if args.cost:
-        draw_cost(json.loads(Path(args.cost).read_text(encoding="utf-8")), Path(args.out) / "cost.png")
-        return
-    if not args.model or not args.data:
-        parser.error("--model and --data are needed, or --cost")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = quality.load_model(args.model, device, torch.bfloat16)
-    pad = tokenizer.pad_token_id
-    if args.adapter:
-        mj.load_adapter(model, args.adapter)
+        draw_cost(json.loads(Path(args.cost).read_text(encoding="utf-8")), FOLDER / "cost.png")
+    elif args.model:
+        import monkeyjump as mj
+
+        model, tokenizer = quality.load_model(args.model, "cpu", torch.bfloat16)
+        mj.apply_monkeyjump(model, **options)
+        batches = quality.training_batches(quality.read_rows(args.data, "train", tokenizer, 60), 16, 8, 0)
+        pad = tokenizer.pad_token_id
+        mj.init_router_centers(model, [quality.collate(rows, pad, "cpu") for rows in batches])
+        rows = quality.take_per_task(quality.read_rows(args.data, "test", tokenizer, 60), 8)
+        centers, _, hooks = quality.watch_clusters(model)
+        for hook in hooks:
+            hook.remove()
+        shown = [list(centers)[i] for i in args.blocks]
+        draw_representations(
+            representations(model, rows, pad, shown), centers, options["linears"], FOLDER / "representations.png"
+        )
     else:
-        options = (option.split("=") for option in args.options)
-        mj.apply_monkeyjump(model, **{name: quality.parse(value) for name, value in options})
-        train = quality.read_rows(args.data, "train", tokenizer, None, 1000)
-        batches = quality.training_batches(train, 40, 8, 0)
-        mj.init_router_centers(model, [quality.collate(b, pad, device) | {"logits_to_keep": 1} for b in batches])
-    rows = quality.take_per_task(quality.read_rows(args.data, "test", tokenizer, None, 1000), args.rows)
-    representations, tasks = collect(model, rows, pad)
-    routers = {name: model.get_submodule(name).monkeyjump for name in representations}
-    centers = {name: mj.unit(router.centers).cpu() for name, router in routers.items()}
-    assigned = {name: (x @ centers[name].T).argmax(dim=-1) for name, x in representations.items()}
-    experts = [path.rpartition(".")[2] for path in next(iter(routers.values())).experts]
-    by_block = torch.stack([shares(a, len(experts)) for a in assigned.values()])
-    least = by_block.amin(dim=1)
-    print(
-        f"share of the least used expert of a block: mean {least.mean():.3f}, lowest {least.min():.3f}; "
-        f"experts under 5 %: {(by_block < 0.05).sum()} of {by_block.numel()}"
-    )
-    out, names = Path(args.out), list(representations)
-    draw_routing(assigned, tasks, experts, out / "routing.png")
-    shown = [(f"block {i}", names[i]) for i in args.blocks if i < len(names)]
-    points = [(title, representations[name], centers[name], assigned[name]) for title, name in shown]
-    draw_representations(points, experts, out / "representations.png")
-    for path in sorted(out.glob("*.png")):
-        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+        results = quality.read_results(args.results)
+        draw_quality(results, FOLDER / "quality.png")
+        draw_routing(next(r for r in results if r["method"] == method), FOLDER / "routing.png")
 
 
 if __name__ == "__main__":
