@@ -20,7 +20,7 @@ Kept bytes and aten calls are deterministic: they depend on the versions of torc
 
     kept bytes     distinct storages saved for backward (saved_tensors_hooks), parameters and buffers left out
     aten calls     operators dispatched in one forward and backward that are not views; the optimizer is not counted
-    step time      forward, backward and the centers' move. All systems take turns in one run; a ratio is the median over
+    step time      forward, backward and the centers' move. All take turns in one run; a ratio is the median over
                    the turns of the ratio within the turn, so that whatever else the machine does hits both alike
 """
 
