@@ -183,7 +183,7 @@ def reply(trainer, row):
     """A row's prompt, what the model answers, and the right answer."""
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator([row]).items()}
     labels = batch.pop("labels")
-    end = (labels[0] != -100).nonzero()[0]  # of the prompt
+    end = (labels[0] != -100).nonzero()[0]
     prompt = {name: value[:, :end] if value.shape == labels.shape else value for name, value in batch.items()}
     tokens = trainer.model.eval().generate(**prompt, max_new_tokens=256, do_sample=False)
     texts = prompt["input_ids"][0], tokens[0, end:], labels[0, end:]
@@ -209,9 +209,8 @@ def demonstration():
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, **shape)
     flags = f"--max_steps {STEPS} --per_device_train_batch_size 64 --gradient_checkpointing no --logging_steps 100"
     options, training, _ = parse(f"{write('base', known)} {flags} --learning_rate 5e-3 --eval_on_start no".split())
-    rows = load_rows(options, "train")
     model = transformers.LlamaForCausalLM(config)
-    trainer = SFTTrainer(model, training, train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(model, training, train_dataset=load_rows(options, "train"), processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
     flags = f"{write('new', new)} {flags} --learning_rate 2e-2 --model {folder}/base --shared_expert up_proj down_proj"
@@ -241,6 +240,7 @@ def main(argv=None):
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     mj.save_adapter(trainer.model, training.output_dir)
     trainer.evaluate()
+    trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
     for block, seen in mj.router_statistics(trainer.model).items():
