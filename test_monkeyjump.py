@@ -507,7 +507,6 @@ def test_router_statistics_count_what_the_experts_received():
     expected = {"share": counts / 54, "gate_mass": mass / 54, "entropy": torch.special.entr(counts / 54).sum()}
     for key, value in expected.items():
         torch.testing.assert_close(torch.as_tensor(found[key]).double(), value.double(), atol=1e-4, rtol=1e-4)
-    assert mj.router_statistics(model)[block]["count"] == 0
     model(batch())
     assert mj.router_statistics(model)[block]["count"] == 18
 
@@ -654,13 +653,16 @@ def test_each_cache_keeps_the_routing_of_its_last_turn_whatever_comes_between():
 
 def test_neither_cache_nor_model_is_kept_alive_and_no_cache_is_copied_with_the_model():
     model, cache = adapted("lora"), transformers.DynamicCache()
-    model(batch(), **{CACHE: cache})
-    copy.deepcopy(model)  # tensors with a graph cannot be copied
     train(model, [batch()])
-    alive = [weakref.ref(cache), weakref.ref(model)]
-    del cache, model
+    model.eval()(batch(), **{CACHE: cache})
+    copy.deepcopy(model)  # tensors with a graph cannot be copied
+    the_model, the_cache = weakref.ref(model), weakref.ref(cache)
+    del cache
     gc.collect()
-    assert [reference() for reference in alive] == [None, None]
+    assert the_cache() is None
+    del model
+    gc.collect()
+    assert the_model() is None
 
 
 # --------------------------------------------------------------------------------------------------- promise 9: compile
@@ -699,7 +701,6 @@ def test_a_training_step_neither_asks_the_device_for_a_value_nor_mixes_devices(m
     for _ in range(2):
         model(**inputs).loss.backward()
         optimizer.step()
-    assert all(p.grad is not None and p.grad.is_meta for p in trained(model).values())
 
 
 # ------------------------------------------------------------------------------------------------ promise 10: precision
@@ -1261,7 +1262,7 @@ def test_on_every_architecture_all_modes_generate_and_the_cache_does_not_matter(
     inputs = text_inputs(model)
     inputs["attention_mask"][0, :3] = 0
     base, uncached = unless_base_fails(lambda: [generated_logits(model, inputs, use_cache=on) for on in (True, False)])
-    if not torch.allclose(base, uncached, atol=1e-6):
+    if not torch.allclose(base, uncached, atol=2e-6):  # those that see all tokens, by little
         pytest.skip("its cache changes its logits without adapters, too")
     for rep_mode in ("token", "last", "mean"):
         adapt(model, rep_mode=rep_mode, top_k=1)
@@ -1607,10 +1608,7 @@ class Bottleneck(mj.Adapter):
 
 
 def test_a_users_own_adapter_is_routed_saved_and_loaded(tmp_path):
-    base, model = (
-        logits(tiny_llama()),
-        mj.apply_monkeyjump(tiny_llama(), adapter=Bottleneck, rank=8, alpha=99.0, top_k=4),
-    )
+    base, model = logits(tiny_llama()), mj.apply_monkeyjump(tiny_llama(), adapter=Bottleneck, top_k=4, alpha=99.0)
     assert torch.equal(logits(model), base)
     layer, seen = model.model.layers[0].self_attn.o_proj, []
     layer.register_forward_hook(lambda layer, args, output: seen.append((args[0], output)))

@@ -40,7 +40,7 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}\
 @dataclass
 class Options:
     model: str | None = None  # hub id, folder or .gguf file
-    dataset: str | None = None  # hub id, folder, or .jsonl, .csv or .parquet file
+    dataset: str | None = None  # hub id, folder, .jsonl, .csv or .parquet file
     train_split: str = "train"  # train[:1000] will do
     eval_split: str | None = None  # None: a share of the other is held back
     held_back: float = 0.05
