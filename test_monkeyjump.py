@@ -1916,7 +1916,7 @@ def test_example_takes_every_keyword_of_apply_monkeyjump_and_names_the_form_to_u
     assert routing.items() <= train_example.parse(shlex.split(given))[2].items()
     with pytest.raises(SystemExit):
         train_example.parse(["--help"])
-    assert "Recommended: attention routed with top_k 2" in capsys.readouterr().out
+    assert "feed-forward routed" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- the repository

@@ -1,14 +1,14 @@
 """Fine-tune a causal or vision-language model with Monkey Jump, on TRL's SFTTrainer.
 
-    python train_example.py                                            # a demonstration, without any download
-    python train_example.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl --shared_expert up_proj down_proj
+    python train_example.py                                             # a demonstration, without any download
+    python train_example.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl
     python train_example.py --model llava-hf/llava-1.5-7b-hf --dataset images.jsonl --load_in_4bit
     torchrun --nproc_per_node 4 train_example.py ...
     python train_example.py --model Qwen/Qwen3-0.6B --adapter_path monkeyjump-output --generate "Why?"
 
 A row is {"prompt", "answer"} or {"messages"}; its last answer is trained on. "image" or "images" are paths beside the
-file, or an Image column. The keywords of apply_monkeyjump are flags (--rank 4), and so are the fields of trl.SFTConfig
-(--resume_from_checkpoint last). Recommended: attention routed with top_k 2, up_proj and down_proj shared.
+file, or an Image column. Fields of trl.SFTConfig are flags (--resume_from_checkpoint last), so are those of routing.
+Recommended: feed-forward routed, --linears up_proj down_proj --shared_expert q_proj k_proj v_proj o_proj --top_k 1.
 """
 
 import argparse

@@ -63,7 +63,7 @@ def stack(axis, labels: list[str], shares: list[list[int]], experts: list[str]) 
     axis.invert_yaxis()
 
 
-def draw_routing(result: dict, path: Path) -> None:
+def draw_routing(result: dict, name: str, path: Path) -> None:
     """Share of each expert by block, over the second half of training, and by task in the block that separates most."""
     experts = quality.parse(result["method"])[1]["linears"]
     tasks = sorted(result["shares_by_task"])
@@ -74,6 +74,7 @@ def draw_routing(result: dict, path: Path) -> None:
     left.set(title="by block, in training", ylabel="adapted block")
     stack(right, tasks, by_task[:, block].tolist(), experts)
     right.set(title=f"by task, test rows, block {block}")
+    figure.suptitle(f"{name}, seed {result['seed']}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(experts))
     figure.savefig(path)
 
@@ -143,7 +144,7 @@ def draw_cost(cost: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=str(FOLDER / "quality.jsonl"), help="what quality.py wrote")
-    parser.add_argument("--method", default=quality.RECOMMENDED, help="the form to draw, a method of quality.py")
+    parser.add_argument("--method", default="feed-forward routed", help="the form to draw, a row of the table")
     parser.add_argument("--model", help="folder, hub id or .gguf file, for the representations")
     parser.add_argument("--data", help="folder with train.jsonl and test.jsonl, for the representations")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 15, 28], help="blocks to show")
@@ -173,7 +174,10 @@ def main() -> None:
     else:
         results = quality.read_results(args.results)
         draw_quality(results, FOLDER / "quality.png")
-        draw_routing(next(r for r in results if r["method"] == method), FOLDER / "routing.png")
+        drawn = next((result for result in results if result["method"] == method), None)
+        if drawn is None:
+            parser.error(f"--method {args.method!r}: no run of it in {args.results}")
+        draw_routing(drawn, args.method, FOLDER / "routing.png")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ METHODS = {
     "authors' notebooks, alpha 5": "mj linears=q,k,v shared_expert=o,gate top_k=1 ema_momentum=0.5 jitter_noise=0.1 "
     "alpha=5",
 }  # fmt: skip
-RECOMMENDED = "feed-forward routed"
 
 
 # ---------------------------------------------------------------------------------------------------------- data
