@@ -13,8 +13,9 @@ A method is a name and options. `linears` (and `shared_expert`) name its project
     lora linears=q,k,v,o          PEFT LoRA: what every other method on the same projections is compared with
     moe_lora linears=q,k,v,o      four LoRA adapters a projection, mixed by a learned router: five times the parameters
     hydra_lora linears=q,k,v,o    one A and four B a projection, mixed by a learned router
-    mj linears=q,k,v,o top_k=2    Monkey Jump: options go to apply_monkeyjump, but for one:
-                                  assign=m decides by gradients which center serves which expert (assign.py)
+    mj linears=q,k,v,o top_k=2    Monkey Jump: options go to apply_monkeyjump, but for two:
+                                  assign=m decides by gradients which center serves which expert (assign.py),
+                                  target_rank=2 is AdaLoRA's, whose schedule and penalty are then used
 """
 
 import argparse
@@ -35,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import monkeyjump as mj  # noqa: E402
+
 RANK, ALPHA = 2, 16.0
 SIZES = {
     "cpu": {"steps": 720, "batch": 8, "max_tokens": 60, "test_rows": 100, "upper": 15},
@@ -49,10 +52,17 @@ METHODS = {
     "attention routed, assigned": "mj linears=q,k,v,o top_k=2 assign=m",
     "LoRA with feed-forward": "lora linears=q,k,v,o,up,down",
     "MoE-LoRA with feed-forward": "moe_lora linears=q,k,v,o,up,down",
+    "HydraLoRA with feed-forward": "hydra_lora linears=q,k,v,o,up,down",
     "published quick start": "mj linears=q,k,v,o shared_expert=up,down top_k=2 ema_momentum=0.2",
     "published quick start, assigned": "mj linears=q,k,v,o shared_expert=up,down top_k=2 ema_momentum=0.2 assign=m",
     "feed-forward routed": "mj linears=up,down shared_expert=q,k,v,o top_k=1",
     "feed-forward routed, assigned": "mj linears=up,down shared_expert=q,k,v,o top_k=1 assign=m",
+    "feed-forward routed by sequence": "mj linears=up,down shared_expert=q,k,v,o top_k=1 rep_mode=mean",
+    "feed-forward, all gates a half": "mj linears=up,down shared_expert=q,k,v,o top_k=2 temperature=1000",
+    "feed-forward routed, lorafa": "mj linears=up,down shared_expert=q,k,v,o top_k=1 adapter=lorafa",
+    "feed-forward routed, propulsion": "mj linears=up,down shared_expert=q,k,v,o top_k=1 adapter=propulsion",
+    "feed-forward routed, adalora": "mj linears=up,down shared_expert=q,k,v,o top_k=1 adapter=adalora rank=3 "
+    "target_rank=2",
     "LoRA with gate": "lora linears=q,k,v,o,gate",
     "authors' notebooks, alpha 16": "mj linears=q,k,v shared_expert=o,gate top_k=1 ema_momentum=0.5 jitter_noise=0.1",
     "authors' notebooks, alpha 5": "mj linears=q,k,v shared_expert=o,gate top_k=1 ema_momentum=0.5 jitter_noise=0.1 "
@@ -182,9 +192,7 @@ def build(method: str, base: nn.Module, init_batches: list[tuple[dict, Tensor]],
     torch.manual_seed(seed)
     model = copy.deepcopy(base).requires_grad_(False)
     if name == "mj":
-        import monkeyjump as mj
-
-        assign = options.pop("assign", "")
+        assign, _ = options.pop("assign", ""), options.pop("target_rank", None)
         mj.apply_monkeyjump(model, **{"rank": RANK, "alpha": ALPHA, **options})
         mj.init_router_centers(model, [inputs for inputs, _ in init_batches], subset_size=4000, seed=seed)
         if assign == "m":
@@ -208,8 +216,6 @@ def build(method: str, base: nn.Module, init_batches: list[tuple[dict, Tensor]],
 
 def watch_clusters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], list]:
     """By block: its centers [E, D]; which of them each token of the latest forward is nearest to [B, T]; the hooks."""
-    import monkeyjump as mj
-
     nearest: dict[str, Tensor] = {}
     buffers = dict(model.named_buffers())
     centers = {
@@ -276,14 +282,20 @@ def run(method: str, seed: int, lr: float, models: tuple, train: list, test: lis
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
     )
+    target_rank = parse(method)[1].get("target_rank")
     model.train()
     for step, rows in enumerate(batches):
         if routed and step == steps // 2:  # to report the second half
             router_shares(model)
         inputs, gold = inputs_and_labels(rows)
-        F.cross_entropy(model(**inputs).logits[:, -1].float(), gold).backward()
+        loss = F.cross_entropy(model(**inputs).logits[:, -1].float(), gold)
+        (loss + 0.1 * mj.orthogonal_regularization(model) if target_rank else loss).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if target_rank:
+            mj.allocate_ranks(
+                model, step + 1, steps, target_rank=target_rank, initial_steps=steps // 10, final_steps=3 * steps // 10
+            )
         optimizer.zero_grad()
         schedule.step()
     shares = router_shares(model) if routed else {}
@@ -301,8 +313,6 @@ def run(method: str, seed: int, lr: float, models: tuple, train: list, test: lis
 
 def router_shares(model: nn.Module) -> dict[str, list[int]]:
     """By block, the share of training tokens of each expert since the last call, in thousandths."""
-    import monkeyjump as mj
-
     found = mj.router_statistics(model, reset=True)
     return {block: [round(1000 * share) for share in s["share"].tolist()] for block, s in found.items()}
 
