@@ -371,11 +371,10 @@ class RoutedModel(Routed):
             output = super().__call__(*args, **kwargs)
         finally:
             current.running = False
-        if (
-            current.routed
-            and (cache := cache_of(given | dict(output) if isinstance(output, dict) else given)) is not None
-        ):
-            cache.monkeyjump_gates = current.routed
+        if current.routed:
+            cache = cache_of(given | dict(output) if isinstance(output, dict) else given)
+            if cache is not None:
+                cache.monkeyjump_gates = current.routed
         return output
 
 
@@ -625,12 +624,7 @@ class MonkeyJumpConfig:
         for names, kinds, right, allowed in (
             ("adapter", {str}, lambda v: v in ADAPTERS, f"one of {', '.join(ADAPTERS)}"),
             ("rep_mode", {str}, lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}"),
-            (
-                "blocks",
-                {dict},
-                lambda v: {type(i) for ids in v.values() for i in ids} <= {int},
-                "indices by class, or None",
-            ),
+            ("blocks", {dict}, lambda v: {*map(type, sum(v.values(), []))} <= {int}, "indices by class, or None"),
             ("linears shared_expert", {list}, lambda v: {*map(type, v)} <= {str}, "names, or None"),
             ("rank degree top_k update_every", {int}, lambda v: v >= 1, "an integer >= 1"),
             ("update_until", {int}, lambda v: v >= 0, "an integer >= 0, or None"),
@@ -715,11 +709,8 @@ def make_parts(model: nn.Module, config: MonkeyJumpConfig, device: Any = None) -
                 adapter.expert = experts.index(name) if name in experts else None
                 served.add(layer)
         if experts or shared:
-            norms = [
-                m.weight
-                for m in block.children()
-                if torch.is_tensor(getattr(m, "weight", None)) and m.weight.dim() == 1
-            ]
+            weights = [getattr(child, "weight", None) for child in block.children()]
+            norms = [weight for weight in weights if torch.is_tensor(weight) and weight.dim() == 1]
             width = len(norms[0]) if norms else model.config.get_text_config(decoder=True).hidden_size
             parts[path] = router = Router(path, experts, width, config, at)
             router.reads_text = path in text

@@ -1697,9 +1697,9 @@ def example_history(folder, name="loss"):
 
 
 def example_losses(printed):
-    """Of the evaluations before and after training."""
+    """Of the first and the last evaluation."""
     words = next(line for line in printed.splitlines() if line.startswith("eval_loss:")).split()
-    return float(words[1]), float(words[3])
+    return float(words[1]), float(words[-1])
 
 
 def example_rows(path, rows):
@@ -1807,6 +1807,19 @@ def test_example_continues_a_saved_adapter_and_answers_with_it(example_text, tmp
     assert capsys.readouterr().out.strip() == "12"
 
 
+def test_example_reads_messages_beside_pairs_and_rows_with_and_without_images_from_the_folder_itself(
+    tmp_path, monkeypatch
+):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Image.new("RGB", (4, 4)).save(tmp_path / "red.png")
+    pairs = [{"prompt": "c", "answer": "d", "images": ["red.png"]}, {"prompt": "e", "answer": "f", "images": []}]
+    example_rows(tmp_path / "rows.jsonl", [{"messages": chat, "images": None}, *pairs])
+    monkeypatch.chdir(tmp_path)
+    rows = list(train_example.load_rows(train_example.Options(dataset="rows.jsonl"), "train"))
+    assert [row["prompt"][0]["content"] + row["completion"][0]["content"] for row in rows] == ["ab", "cd", "ef"]
+    assert [[image.size for image in row["images"]] for row in rows] == [[], [(4, 4)], []]
+
+
 def test_example_trains_a_vision_language_model_on_paths_and_image_columns(example_folder, tmp_path, capsys):
     flags = f"--model {example_folder}/vision --output_dir {tmp_path}/out --save_strategy no"
     example_run(f"{flags} --dataset {example_folder}/images.jsonl --max_steps 60 --per_device_train_batch_size 8")
@@ -1833,6 +1846,9 @@ EXAMPLE_ERRORS = {
     "no such column": ("--dataset {tmp}/rows.csv", "rows.csv: no 'prompt' and 'answer' among ['prompt', 'reply']"),
     "no such split": ("--eval_split test", 'Unknown split "test"'),
     "no rows": ("--dataset {tmp}/empty.jsonl", "empty.jsonl: no rows"),
+    "broken rows": ("--dataset {tmp}/broken.jsonl", "JSON"),
+    "ranks of another adapter": ("--target_rank 1", "adapter='lora'"),
+    "too high a rank": ("--adapter adalora --target_rank 3", "target_rank=3.0"),
     "another run's folder": ("--output_dir {tmp}/taken", "taken holds another run's adapter"),
     "nothing to resume": ("--resume_from_checkpoint last", "no complete checkpoint"),
     "another adapter's checkpoint": ("--resume_from_checkpoint {tmp}/taken", "top_k=1"),
@@ -1842,6 +1858,7 @@ EXAMPLE_ERRORS = {
 @pytest.mark.parametrize("case", EXAMPLE_ERRORS)
 def test_example_refuses_wrong_use_in_one_line_and_writes_nothing(case, example_folder, example_text, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a",')
     (tmp_path / "rows.csv").write_text("prompt,reply\na,b\n")
     model = LlamaForCausalLM.from_pretrained(example_folder / "text")
     mj.save_adapter(mj.apply_monkeyjump(model, top_k=1), tmp_path / "taken")
@@ -1915,7 +1932,8 @@ def test_example_takes_every_keyword_of_apply_monkeyjump_and_names_the_form_to_u
     assert routing.items() <= train_example.parse(shlex.split(given))[2].items()
     with pytest.raises(SystemExit):
         train_example.parse(["--help"])
-    assert "feed-forward routed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "feed-forward routed" in printed and "update_until: int | None  # the last step" in printed
 
 
 # ------------------------------------------------------------------------------------------------------- the repository
@@ -1938,7 +1956,7 @@ def test_the_readmes_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     base = tiny_llama()
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         monkeypatch.setattr(kind, "from_pretrained", lambda *a, **k: copy.deepcopy(base))
-    tokenizer = mock.Mock(return_value={"input_ids": batch(1)}, decode=str)
+    tokenizer = mock.Mock(decode=str, **{"apply_chat_template.return_value": {"input_ids": batch(1)}})
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) >= 2

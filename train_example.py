@@ -1,14 +1,12 @@
 """Fine-tune a causal or vision-language model with Monkey Jump, on TRL's SFTTrainer.
 
-    python train_example.py                                             # a demonstration, without any download
+    python train_example.py  # a demonstration, no download
     python train_example.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl
     python train_example.py --model llava-hf/llava-1.5-7b-hf --dataset images.jsonl --load_in_4bit
-    torchrun --nproc_per_node 4 train_example.py ...
     python train_example.py --model Qwen/Qwen3-0.6B --adapter_path monkeyjump-output --generate "Why?"
 
 A row is {"prompt", "answer"} or {"messages"}; its last answer is trained on. "image" or "images" are paths beside the
 file, or an Image column. Fields of trl.SFTConfig are flags (--resume_from_checkpoint last), so are those of routing.
-Recommended: feed-forward routed, --linears up_proj down_proj --shared_expert q_proj k_proj v_proj o_proj --top_k 1.
 """
 
 import argparse
@@ -28,10 +26,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 import monkeyjump as mj
 
+RECOMMENDED = "--linears up_proj down_proj --shared_expert q_proj k_proj v_proj o_proj --top_k 1"
 STEPS = 400  # of each half of the demonstration
-# SFTConfig's defaults suit full fine-tuning on a GPU, and cut long answers off.
 DEFAULTS = {"output_dir": "monkeyjump-output", "learning_rate": 1e-3, "max_length": None, "eval_on_start": True}
-DEFAULTS["bf16"] = torch.cuda.is_bf16_supported()
+DEFAULTS["bf16"] = torch.cuda.is_bf16_supported()  # SFTConfig's suit full fine-tuning, and cut answers off
 # For a model without a chat template: the prompt, a space, the answer.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}\
 {{ m.content if m.role != 'assistant' else ' ' + m.content + eos_token }}{% endfor %}"""
@@ -47,17 +45,19 @@ class Options:
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     load_in_4bit: bool = False  # needs bitsandbytes
-    adapter_path: str | None = None  # to start from, with its routing
-    kmeans_samples: int = 4000  # representations that the centers start from; 0: none
-    target_rank: float | None = None  # the mean to which adalora prunes
+    adapter_path: str | None = None  # to start from; its routing replaces the flags
+    kmeans_samples: int = 4000  # representations for k-means; 0: none
+    target_rank: float | None = None  # adalora prunes to this mean
     generate: str | None = None  # answer this prompt and stop
 
 
 def parse(argv):
     """Our options, the Trainer's arguments, and the keywords of apply_monkeyjump."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = transformers.HfArgumentParser((Options, SFTConfig), description=__doc__, formatter_class=style)
-    parser.error = stop  # argparse's own prints the usage of two hundred flags
+    flags = (inspect.getsource(kind).partition("    def")[0] for kind in (Options, mj.MonkeyJumpConfig))
+    notes = f"{__doc__}Recommended, feed-forward routed: {RECOMMENDED}\n\n" + "\n".join(flags)
+    text = {"description": notes, "usage": "%(prog)s [flags]", "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = transformers.HfArgumentParser((Options, SFTConfig), **text)
+    parser.error = stop
     parser.set_defaults(**DEFAULTS)
     special = {"blocks": {"type": json.loads}, "linears": {"nargs": "+"}, "shared_expert": {"nargs": "+"}}
     for name, keyword in inspect.signature(mj.apply_monkeyjump).parameters.items():
@@ -76,7 +76,7 @@ def stop(error):
 def load_rows(options, split):
     """A split as TRL takes it: a "prompt", the "completion", which alone is trained on, and "images"."""
     prompt, answer, path = options.prompt_column, options.answer_column, Path(options.dataset or "")
-    folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+    folder, file = (path.absolute().parent, path.name) if path.is_file() else (path, None)
     if options.generate:
         rows = datasets.Dataset.from_list([{prompt: options.generate, answer: ""}])
     elif file and not path.stat().st_size:
@@ -85,15 +85,15 @@ def load_rows(options, split):
         rows = datasets.load_dataset(folder.as_posix(), data_files=file, split=split)
     columns = set(rows.column_names)
     if not (columns >= {"messages"} or columns >= {prompt, answer}):
-        raise ValueError(f"{path}: no {prompt!r} and {answer!r} among {sorted(columns)}")
+        raise ValueError(f"{path}: no {prompt!r} and {answer!r} among {sorted(columns)}: see --prompt_column")
 
     def convert(row):
         pair = [{"role": "user", "content": row.get(prompt)}, {"role": "assistant", "content": row.get(answer)}]
-        *turns, last = row.get("messages", pair)
+        *turns, last = row.get("messages") or pair
         return {"prompt": turns, "completion": [last]}
 
     def locate(row):
-        return {"images": [str(folder / image) for image in row.get("images") or [row["image"]]]}
+        return {"images": [str(folder / image) for image in row.get("images") or [row.get("image")] if image]}
 
     for column in columns & {prompt, answer}:
         rows = rows.cast_column(column, datasets.Value("string"))  # a table's answers may be numbers
@@ -110,7 +110,7 @@ def load(options, training, routing):
     if not (options.model and (options.dataset or options.generate)):
         raise ValueError("--model and --dataset are needed")
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
-    if resume == "last":  # a killed save lacks the Trainer's state, which is written last
+    if resume == "last":  # a killed save lacks the state, written last
         states = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
         if not states:
             raise ValueError(f"no complete checkpoint in {output}")
@@ -124,15 +124,14 @@ def load(options, training, routing):
     sees = isinstance(processor, transformers.ProcessorMixin)
     if not (sees or processor.chat_template):
         processor.chat_template = TEMPLATE
-    train_rows = load_rows(options, options.train_split)  # before the weights, which take longer
+    train_rows = load_rows(options, options.train_split)  # before the weights
     if options.eval_split or options.generate:
         eval_rows = load_rows(options, options.eval_split)
     else:
         train_rows, eval_rows = train_rows.train_test_split(options.held_back, seed=training.seed).values()
-
     dtype = "bfloat16" if training.bf16 else "float32"
     quantization = get_quantization_config(ModelConfig(dtype=dtype, load_in_4bit=options.load_in_4bit))
-    if source and hasattr(transformers, "GgufConfig"):  # newer versions would keep the weights packed
+    if source and hasattr(transformers, "GgufConfig"):  # newer ones would keep weights packed
         quantization = transformers.GgufConfig(dequantize=True)
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(name, dtype=dtype, quantization_config=quantization, **source)
@@ -140,6 +139,8 @@ def load(options, training, routing):
         mj.load_adapter(model, options.adapter_path)
     else:
         mj.apply_monkeyjump(model, **routing)
+    if options.target_rank:  # refuses what it does not fit
+        mj.allocate_ranks(model, 1, 100, target_rank=options.target_rank)
     if resume:  # refuses another adapter's; the Trainer would load a part of it
         mj.load_adapter(model, resume)
     model._hf_peft_config_loaded = options.load_in_4bit  # the Trainer asks if anything is trained
@@ -147,12 +148,12 @@ def load(options, training, routing):
 
 
 class MonkeyJumpTrainer(SFTTrainer):
-    """SFTTrainer whose checkpoints hold what Monkey Jump added, and whose logs tell how tokens are routed."""
+    """Its checkpoints hold what Monkey Jump added, its logs how tokens are routed."""
 
     def save_model(self, output_dir=None, _internal_call=False):
         directory = output_dir or self.args.output_dir
         mj.save_adapter(self.model, directory)
-        if self.args.should_save and not self.is_fsdp_enabled:  # which writes its own, sharded
+        if self.args.should_save and not self.is_fsdp_enabled:  # it writes its own
             tensors = {name: tensor for name, tensor in self.model.state_dict().items() if "monkeyjump" in name}
             save_file(tensors, Path(directory, "model.safetensors"))  # what the Trainer resumes from
 
@@ -168,7 +169,7 @@ class MonkeyJumpTrainer(SFTTrainer):
 
 @dataclass
 class RankSchedule(transformers.TrainerCallback):
-    """AdaLoRA's: full rank for a tenth of the steps, then less and less, settled for the last three tenths."""
+    """AdaLoRA's: all ranks for a tenth of the steps, then fewer, settled for the last three tenths."""
 
     target_rank: float
 
@@ -213,19 +214,19 @@ def demonstration():
     trainer = SFTTrainer(model, training, train_dataset=load_rows(options, "train"), processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    flags = f"{write('new', new)} {flags} --learning_rate 2e-2 --model {folder}/base --shared_expert up_proj down_proj"
+    flags = f"{write('new', new)} {flags} --learning_rate 2e-2 --model {folder}/base {RECOMMENDED}"
     print("It knows", *known, "and learns", *new, "by: python train_example.py", flags)
     return flags.split()
 
 
 def main(argv=None):
     argv = argv or sys.argv[1:] or demonstration()
-    try:  # what is wrong before training is somebody's input
+    try:
         options, training, routing = parse(argv)
         transformers.set_seed(training.seed)
         parts = load(options, training, routing)
-    except (OSError, ValueError) as error:
-        stop(error)
+    except (ImportError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        stop(f"{error} {error.__cause__ or ''}")
     trainer = MonkeyJumpTrainer(args=training, **parts)
     if options.target_rank:
         trainer.add_callback(RankSchedule(options.target_rank))
@@ -233,7 +234,7 @@ def main(argv=None):
         print(reply(trainer, trainer.eval_dataset[0])[1])
         return
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes them bfloat16 over 4 bits, which loses small updates
+        if parameter.requires_grad:  # TRL makes them bfloat16 over 4 bits
             parameter.data = parameter.data.float()
     if options.kmeans_samples and not (options.adapter_path or training.resume_from_checkpoint):
         mj.init_router_centers(trainer, subset_size=options.kmeans_samples, seed=training.seed)
@@ -245,10 +246,9 @@ def main(argv=None):
         return
     for block, seen in mj.router_statistics(trainer.model).items():
         print(block, *(f"{name} {share:.0%}" for name, share in zip(seen["experts"], seen["share"], strict=True)))
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    for metric in ("eval_loss", "eval_mean_token_accuracy"):
-        print(f"{metric}: {evaluations[0][metric]:.4f} before, {evaluations[-1][metric]:.4f} after")
-    if not trainer.is_fsdp_enabled:  # nothing can be loaded into a sharded model
+    for metric in ("eval_loss", "eval_mean_token_accuracy"):  # of each evaluation
+        print(f"{metric}:", *(f"{entry[metric]:.4f}" for entry in trainer.state.log_history if metric in entry))
+    if not trainer.is_fsdp_enabled:  # the model stays sharded
         mj.load_adapter(mj.remove_monkeyjump(trainer.model), training.output_dir)
         for row, _ in zip(trainer.eval_dataset, range(4), strict=False):
             prompt, given, right = reply(trainer, row)
