@@ -42,7 +42,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -91,18 +91,19 @@ def route(
     return torch.zeros_like(logits).scatter(-1, experts, top.softmax(dim=-1)), experts[..., 0]
 
 
-def cluster_statistics(directions: Tensor, best: Tensor, gates: Tensor, real: Maybe) -> Tensor:
-    """Directions [..., D], best expert [...], gates [..., E], real [...] -> their sums by best expert [E, D + E]."""
-    counts = torch.linalg.vector_norm(directions, dim=-1) * (1 if real is None else real)  # 0 or 1
-    assigned = torch.zeros_like(gates).scatter(-1, best[..., None], counts[..., None])  # [..., E]
-    return assigned.flatten(0, -2).t() @ torch.cat([directions, gates], dim=-1).flatten(0, -2)
+def cluster_statistics(directions: Tensor, best: Tensor, experts: int, real: Maybe) -> Tensor:
+    """Directions [..., D], best expert [...], real [...] -> by expert their sums and counts [E, D + 1]."""
+    counted = directions.any(dim=-1) if real is None else directions.any(dim=-1) & real
+    assigned = (best[..., None] == torch.arange(experts, device=best.device)) & counted[..., None]  # [..., E]
+    return einsum(assigned.to(directions.dtype), F.pad(directions, (0, 1), value=1.0), "... e, ... d -> e d")
 
 
-def ema_update(centers: Tensor, sums: Tensor, counts: Tensor, momentum: float) -> Tensor:
-    """c_e <- normalize(m c_e + (1 - m) mean_e), if anything was assigned to e: [..., E, D], [..., E, D], [..., E]."""
+def ema_update(centers: Tensor, statistics: Tensor, momentum: float) -> Tensor:
+    """c_e <- normalize(m c_e + (1 - m) mean_e), if anything was assigned to e: centers [E, D], [E, D + 1] -> [E, D]."""
     # Departure: the mean is of unit vectors, since raw activations would swamp a unit center.
-    means = sums / counts.clamp(min=1.0)[..., None]
-    return torch.where(counts[..., None] > 0, unit(momentum * centers + (1.0 - momentum) * means), centers)
+    sums, counts = statistics[..., :-1], statistics[..., -1:]
+    means = sums / counts.clamp(min=1.0)
+    return torch.where(counts > 0, unit(momentum * centers + (1.0 - momentum) * means), centers)
 
 
 def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
@@ -117,10 +118,9 @@ def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Gene
         centers = torch.cat([centers, candidates[left.argmin()][None]])
     for _ in range(iterations):
         cosine, cluster = (points @ centers.T).max(dim=1)  # [N]
-        assigned = F.one_hot(cluster, clusters).to(points)  # [N, E]
+        statistics = cluster_statistics(points, cluster, clusters, None)  # [E, D + 1]
         worst = points[cosine.topk(clusters, largest=False).indices]  # [E, D], for empty clusters
-        used = reduce(assigned, "n e -> e 1", "sum") > 0
-        centers = torch.where(used, unit(einsum(assigned, points, "n e, n d -> e d")), worst)
+        centers = torch.where(statistics[:, -1:] > 0, unit(statistics[:, :-1]), worst)
     return centers
 
 
@@ -167,20 +167,22 @@ class LoRA(Adapter):
     def down(self) -> Tensor:
         return self.lora_A
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [r, in] and (alpha/r) B^T [r, out], cast; kept in inference, where casting takes longest."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                self.cast = None  # what is written through .data leaves no trace
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, in], (alpha/r) B^T [r, out] in x's dtype; kept from one decoded token to the next."""
+        dtype, compiling = x.dtype, torch.compiler.is_compiling()
+        if compiling or torch.is_grad_enabled() or x.shape[-2] > 1:
+            if not compiling:
+                self.cast = None  # a write through .data leaves no trace
             return self.down().to(dtype), (self.scale * self.lora_B).to(dtype).t()
         state = dtype, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._parameters.values()]
-        if self.cast is None or self.cast[0] != state:
-            self.cast = state, (self.down().to(dtype), (self.scale * self.lora_B).to(dtype).t().contiguous())
-        return self.cast[1]
+        cast = self.cast  # another thread may drop it
+        if cast is None or cast[0] != state:
+            cast = self.cast = state, (self.down().to(dtype), (self.scale * self.lora_B).to(dtype).t().contiguous())
+        return cast[1]
 
     def forward(self, x: Tensor, base: Tensor, gate: Tensor | float) -> Tensor:
-        down, up = self.factors(x.dtype)
-        # Departure: dropout on the adapter's input, as in LoRA, not on its output. Gating r-wide spares memory.
+        down, up = self.factors(x)
+        # Departure: dropout on the input, as in LoRA, not on the output. Gating r-wide spares memory.
         return base + (gate * F.linear(self.dropout(x), down)) @ up
 
 
@@ -197,7 +199,7 @@ class AdaLoRA(LoRA):
         super().__init__(*args, **kwargs)
         nn.init.orthogonal_(self.lora_A)
         nn.init.orthogonal_(self.lora_B)
-        # Departure: zero, to start as the base model; the authors start at 0.01.
+        # Departure: zero, to start as the base model; the authors: 0.01.
         self.lora_E = nn.Parameter(self.lora_A.new_zeros(len(self.lora_A)))
         for name, parameter in list(self.named_parameters()):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(parameter.data))
@@ -235,13 +237,18 @@ class Pass(threading.local):
         self.running = False  # inside a RoutedModel, which sets what follows
         self.collecting = False  # statistics, as a training forward does
         self.rows: tuple[Maybe, Maybe] | None = None  # real [B, T] and prompt_end [B]; see represent
-        self.latest = latest  # the rows that any thread noted last
+        self.latest = latest  # the rows noted last, for all threads
         self.kept: dict[str, Tensor] = {}  # by block, the prompt's gates [B, 1, E] for a decoded token
         self.routed: dict[str, Tensor] = {}  # by block, gates [B, 1, E] to keep for decoding
-        self.gates: Maybe = None  # of the running block; None: the base model alone
+        self.gates: Tensor | bool | None = None  # of the running block; False: the base model alone
 
     def __reduce__(self) -> Any:  # a copy of the model is in no pass
         return Pass, ([None, None],)
+
+
+def recomputing() -> bool:
+    """Inside a backward pass, where a checkpoint runs a forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Router(Float32Module):
@@ -251,14 +258,15 @@ class Router(Float32Module):
         super().__init__()
         self.name, self.experts, self.config = name, experts, config
         self.register_buffer("centers", unit(torch.randn(len(experts), width, device=device)))
-        # Statistics of all ranks since the centers moved; gathered: this rank's since a step; served: since a report.
-        self.register_buffer("pending", torch.zeros(len(experts), width + len(experts), device=device))
+        # Statistics of all ranks since the centers moved.
+        self.register_buffer("pending", torch.zeros(len(experts), width + 1, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=device))  # of the optimizer
         self.forget()
 
     def forget(self) -> None:
-        # Plain tensors: DDP would overwrite buffers with those of rank 0 at each forward.
-        self.gathered, self.served = torch.zeros_like(self.pending), torch.zeros_like(self.pending)
+        # No buffers: DDP would overwrite them with rank 0's.
+        self.gathered = torch.zeros_like(self.pending)  # this rank's, since the last step
+        self.served = torch.zeros_like(self.pending)  # of all ranks, since the last report
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         super()._apply(fn, recurse)
@@ -278,13 +286,13 @@ class Router(Float32Module):
             return kept
         if not self.experts:  # shared adapters alone
             return hidden.new_ones(1)
-        # A checkpoint around the block recomputes it in a backward pass, maybe in a thread without rows of its own.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        needless = not self.reads_text or again and config.rep_mode == "token"
-        rows = (None, None) if needless else current.rows or current.latest
+        again = recomputing()
+        rows = current.rows or current.latest
+        if not self.reads_text or (again and config.rep_mode == "token"):
+            rows = (None, None)
         real, prompt_end = [None if row is None else row.to(hidden.device) for row in rows]
         hidden = hidden.detach()  # no gradient goes through the router
-        hidden = hidden[None] if hidden.dim() == 2 else hidden  # vision blocks may see packed patches [T, D]
+        hidden = hidden[None] if hidden.dim() == 2 else hidden  # vision blocks may see patches [T, D]
         wanted = [*(hidden.shape[:2] if real is None else real.shape), self.centers.shape[1]]
         if list(hidden.shape) != wanted:
             raise ValueError(f"block {self.name!r} routes hidden states {wanted}, not {list(hidden.shape)}")
@@ -297,7 +305,7 @@ class Router(Float32Module):
             noise = config.jitter_noise if self.training else 0.0
             gates, best = route(directions, self.centers, config.top_k, config.temperature, noise)
             if current.collecting and not again:
-                self.gathered.add_(cluster_statistics(directions, best, gates, real))
+                self.gathered.add_(cluster_statistics(directions, best, len(self.centers), real))
         gates = gates.to(hidden.dtype)
         if config.rep_mode != "token":
             current.routed[self.name] = gates
@@ -316,17 +324,17 @@ def update_router_centers(model: nn.Module) -> None:
             dist.all_reduce(router.gathered)
         router.steps += 1
         router.served += router.gathered
-        router.pending += router.gathered  # [E, D + E]
+        router.pending += router.gathered  # [E, D + 1]
         router.gathered.zero_()
         due = (router.steps % config.update_every == 0) & (router.steps <= until)
-        sums, gates = router.pending.tensor_split([router.centers.shape[1]], dim=1)
-        moved = ema_update(router.centers, sums, gates.sum(dim=1), config.ema_momentum)
+        moved = ema_update(router.centers, router.pending, config.ema_momentum)
         router.centers.copy_(torch.where(due, moved, router.centers))
         router.pending *= ~due
 
 
 # ---------- routed classes
 # Who takes part is given a subclass of its own class, as by FSDP2: no name changes. A call meets these mixins in turn.
+MODELS: list[weakref.ref[nn.Module]] = []  # in the same order on all ranks
 
 
 class Routed:
@@ -349,10 +357,9 @@ class RoutedModel(Routed):
 
             @functools.wraps(prepare)  # generate() reads its signature
             def prepare_inputs_for_generation(self, *args, **kwargs):
-                inputs, cache = prepare(self, *args, **kwargs), cache_of(kwargs)
-                if cache is not None and kwargs.get("is_first_iteration"):
-                    vars(cache).pop("monkeyjump_gates", None)  # of an older generation
-                return inputs | {"monkeyjump_mask": kwargs.get("attention_mask")}
+                if kwargs.get("is_first_iteration") and (cache := cache_of(kwargs)) is not None:
+                    cache.monkeyjump_gates = {}  # an older one's
+                return prepare(self, *args, **kwargs) | {"monkeyjump_mask": kwargs.get("attention_mask")}
 
             cls.prepare_inputs_for_generation = prepare_inputs_for_generation
 
@@ -379,58 +386,65 @@ class RoutedModel(Routed):
 
 
 class RoutedBlock(Routed):
-    """A block: it routes its input outside of any checkpoint; a checkpointed forward takes its gates along."""
+    """A block: it routes its input before it runs; its own checkpointed forward takes the gates along."""
 
     def __call__(self, *args, **kwargs):
         router, current = self.monkeyjump, self.monkeyjump.current
         hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
-        gates = None if current.disabled else router(hidden)
-        current.gates = gates
-        if not torch.compiler.is_compiling():  # there, no object may change inside a checkpoint
+        gates = False if current.disabled else router(hidden)
+        if torch.compiler.is_compiling():  # no object may change inside a checkpoint
+            current.gates = gates
+        else:
             kwargs["monkeyjump_gates"] = gates
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        if "monkeyjump_gates" in kwargs:
-            self.monkeyjump.current.gates = kwargs.pop("monkeyjump_gates")
-        return super().forward(*args, **kwargs)
+        if "monkeyjump_gates" not in kwargs:
+            return super().forward(*args, **kwargs)
+        current = self.monkeyjump.current
+        outside, current.gates = current.gates, kwargs.pop("monkeyjump_gates")
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            current.gates = outside
 
 
 class RoutedLinear(Routed):
     """A projection: its adapter adds to its output, weighted by its expert's gate."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter, gates = self.monkeyjump, self.monkeyjump.current.gates
-        base = super().forward(x, *args, **kwargs)
-        return base if gates is None else adapter(x.to(base.dtype), base, gate_of(adapter.expert, gates, x))
+        adapter, base = self.monkeyjump, super().forward(x, *args, **kwargs)
+        gate = gate_of(adapter, base)
+        return base if gate is None else adapter(x.to(base.dtype), base, gate)
 
 
 class RoutedPeft(Routed):
     """A projection that PEFT adapted, by whichever method: y = base + gate * (adapted - base)."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter, gates = self.monkeyjump, self.monkeyjump.current.gates
-        y = super().forward(x, *args, **kwargs)
-        if gates is None or adapter.expert is None:
-            return y
-        base = self.get_base_layer()(x).to(y.dtype)
-        return torch.lerp(base, y, gate_of(adapter.expert, gates, x).to(y.dtype))
+        adapter, y = self.monkeyjump, super().forward(x, *args, **kwargs)
+        gate, base = gate_of(adapter, y), self.get_base_layer()(x).to(y.dtype)
+        return base if gate is None else torch.lerp(base, y, gate)
 
     def merge(self, *args, **kwargs) -> None:
         raise ValueError("routed adapters cannot be merged: gates differ by token")
 
 
-def gate_of(expert: int | None, gates: Tensor, x: Tensor) -> Tensor | float:
-    """The gate [..., 1] of an expert out of [B, N, E], for its projection's input x [B, T, in] or [B * T, in]."""
+def gate_of(adapter: Adapter, y: Tensor) -> Tensor | float | None:
+    """An adapter's gate [..., 1] for the output y [B, T, out] or [B * T, out] of its projection; None: none is on."""
+    gates, expert = adapter.current.gates, adapter.expert
+    if gates is None and recomputing():
+        raise RuntimeError("a checkpoint inside a block has no gates: wrap whole blocks")
+    if gates is None or gates is False:
+        return None
     if expert is None:  # shared: always on
         return 1.0
-    gate, (batch, count) = gates.narrow(2, expert, 1), gates.shape[:2]
-    tokens = x.shape[1] if x.dim() == 3 else len(x) // batch
-    if x.shape[:-1] not in ((batch, tokens), (batch * tokens,)) or count not in (1, tokens):
-        raise ValueError(
-            f"a projection in linears sees {list(x.shape[:-1])} tokens, its gates are for {[batch, count]}"
-        )
-    return gate if x.dim() == 3 else rearrange(gate.expand(batch, tokens, 1), "b t 1 -> (b t) 1")
+    (batch, count), seen = gates.shape[:2], list(y.shape[:-1])
+    tokens = y.shape[1] if y.dim() == 3 else len(y) // batch
+    if seen not in ([batch, tokens], [batch * tokens]) or count not in (1, tokens):
+        raise ValueError(f"a projection in linears sees {seen} tokens, its gates are for {[batch, count]}")
+    gate = gates.narrow(2, expert, 1).to(y.dtype)  # residuals may be float32 above a bf16 base
+    return gate if y.dim() == 3 else rearrange(gate.expand(batch, tokens, 1), "b t 1 -> (b t) 1")
 
 
 def cache_of(given: dict[str, Any]) -> Any:
@@ -445,34 +459,34 @@ def note_rows(current: Pass, given: dict[str, Any], mode: str) -> None:
     if tokens is None or mode == "token" and not (current.collecting or current.sample):
         return
     # Departure: padding by the 2-D mask at the model's entry; blocks see a 4-D mask or none.
-    mask, real, past, wrong = given.get("monkeyjump_mask", given.get("attention_mask")), None, 0, ""
+    mask, real, past, wrong = given.get("monkeyjump_mask", given.get("attention_mask")), None, 0, []
     if isinstance(mask, Tensor) and mask.dim() == 2:  # [B, past + T]
         past = mask.shape[1] - tokens.shape[1]
         real = F.pad(mask != 0, (-past, 0), value=True)
     current.rows = (real, None)
     if mode == "token":
         return
-    if real is None:
-        wrong = "" if mask is None else "attention_mask must be [batch, tokens]"
-        real = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+    if mask is not None and real is None:
+        wrong = ["attention_mask must be [batch, tokens]"]
+    valid = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if real is None else real
     end, labels, position = (given.get(name) for name in ("prompt_end", "labels", "position_ids"))
     if mode != "prompt_end":
         end = None
     elif end is not None:
         end = torch.as_tensor(end).long() - past
-        wrong = wrong if end.shape == real.shape[:1] else "prompt_end must be [batch]"
-    elif labels is not None and labels.shape == real.shape:
-        end = last_of_prompt(labels, real)
+        wrong += [] if end.shape == valid.shape[:1] else ["prompt_end must be [batch]"]
+    elif labels is not None and labels.shape == valid.shape:
+        end = last_of_prompt(labels, valid)
     elif current.collecting:
-        wrong = "training needs prompt_end or labels (label smoothing takes them)"
+        wrong += ["training needs prompt_end or labels (label smoothing takes them)"]
     packed = [name for name in given if re.match("cu_seq|seq_idx", name) and given[name] is not None]
-    if isinstance(position, Tensor) and position.shape == real.shape and not torch.compiler.is_compiling():
-        starts_anew = (position[:, 1:] <= position[:, :-1]) & real[:, 1:] & real[:, :-1]
+    if isinstance(position, Tensor) and position.shape == valid.shape and not torch.compiler.is_compiling():
+        starts_anew = (position[:, 1:] <= position[:, :-1]) & valid[:, 1:] & valid[:, :-1]
         packed += ["position_ids"] if starts_anew.any() else []
-    wrong = f"{packed[0]}: packed sequences would be routed as one" if packed else wrong
+    wrong += [f"{name}: packed sequences would be routed as one" for name in packed]
     if wrong:
-        raise ValueError(f"rep_mode={mode!r}: {wrong}")
-    current.rows = (current.rows[0], end)
+        raise ValueError(f"rep_mode={mode!r}: {'; '.join(wrong)}")
+    current.rows = (real, end)
     if not torch.compiler.is_compiling():
         current.latest[:] = current.rows
     if tokens.shape[1] == 1:
@@ -495,7 +509,7 @@ def new_routed(mixin: type, kind: type) -> nn.Module:
 
 
 def change_class(module: nn.Module, kind: type) -> None:
-    for name in ("forward", "_old_forward"):  # accelerate and transformers keep what forward was when they came
+    for name in ("forward", "_old_forward"):  # accelerate and transformers keep the forward they found
         if getattr(vars(module).get(name), "__func__", None) is type(module).forward:
             setattr(module, name, kind.forward.__get__(module))
     module.__class__ = kind
@@ -507,10 +521,10 @@ class Wiring:
 
     config: MonkeyJumpConfig
     current: Pass
-    parts: dict[str, Router | Adapter]  # by the path of the block or projection that they serve
+    parts: dict[str, Router | Adapter]  # by the path of what they serve
     routers: dict[str, Router]  # those with experts
     trained_before: list[nn.Parameter]
-    collected: bool = False  # a training forward ran since the optimizer last stepped
+    collected: bool = False  # a training forward ran since the last step
 
 
 def adapted(model: nn.Module, needed: bool = True) -> nn.Module | None:
@@ -521,11 +535,10 @@ def adapted(model: nn.Module, needed: bool = True) -> nn.Module | None:
     return root
 
 
-MODELS: list[weakref.ref[nn.Module]] = []  # in the same order on all ranks
-
-
 @register_optimizer_step_post_hook
-def after_optimizer_step(*_) -> None:  # of any optimizer: FSDP1 and ZeRO flatten parameters
+def after_optimizer_step(optimizer: Any, *_) -> None:  # FSDP1 and ZeRO flatten parameters
+    if getattr(optimizer, "found_inf", None):  # a fused optimizer skips a step by itself
+        return
     for model in [reference() for reference in MODELS]:
         if isinstance(model, RoutedModel) and model.monkeyjump.collected:
             update_router_centers(model)
@@ -534,8 +547,8 @@ def after_optimizer_step(*_) -> None:  # of any optimizer: FSDP1 and ZeRO flatte
 # ---------- blocks and projections
 # A token mixer asks who else is there, as no feed-forward does, or hands **kwargs on to a kernel.
 MIXER_ARGUMENTS = re.compile(r"mask|cache|past|rotary|position_emb|seqlens|attentions|^(state|kwargs)$")
-# Routers and indexers have no gradient; mamba never calls dt_proj; kv_b_proj sees cached latents again, zaya's
-# v_proj_delayed a blank token, cross-attention an image's.
+# Routers and indexers get no gradient; mamba never calls dt_proj; kv_b_proj sees cached latents again, zaya's
+# v_proj_delayed a blank token, cross-attention other tokens.
 NOT_A_PROJECTION = re.compile(
     r"mlp|ffn|feed_forward|router|indexer|dt_proj|kv_b_proj|v_proj_delayed|(cross|encoder)_?att", re.I
 )
@@ -544,7 +557,7 @@ NOT_A_PROJECTION = re.compile(
 def features(layer: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a dense linear layer of any kind, also quantised; None for anything else."""
     layer = layer.get_base_layer() if is_peft(layer) else layer
-    kind = type(layer).__name__  # a grouped linear has no single matrix to adapt
+    kind = type(layer).__name__  # a grouped linear has many matrices
     if hasattr(layer, "in_features") and hasattr(layer, "out_features") and "Grouped" not in kind:
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape) if kind == "Conv1D" and hasattr(layer, "nf") else None  # GPT-2: [in, out]
@@ -557,8 +570,8 @@ def is_peft(module: nn.Module) -> bool:
 
 def projections(block: nn.Module, peft: bool = False) -> list[str]:
     """Paths of a block's dense linears, or of those that PEFT adapted, as found."""
-    found = {path: is_peft(module) for path, module in block.named_modules() if features(module)}
-    return [path for path in found if not peft or found[path] and not path.endswith("base_layer")]
+    found = [(path, module) for path, module in block.named_modules() if features(module)]
+    return [path for path, module in found if not peft or is_peft(module) and not path.endswith("base_layer")]
 
 
 def attention_projections(block: nn.Module) -> list[str]:
@@ -600,7 +613,7 @@ def find_blocks(model: nn.Module, blocks: dict[str, list[int]] | None) -> dict[s
 # ---------- applying, removing
 @dataclasses.dataclass(frozen=True)
 class MonkeyJumpConfig:
-    """The options of `apply_monkeyjump`. Raises ValueError for one that is not as said here."""
+    """The options of `apply_monkeyjump`. ValueError for one not as said here."""
 
     blocks: dict[str, list[int]] | None  # indices by class, {"LlamaDecoderLayer": [0, 1]}; None: the language model's
     linears: list[str] | None  # names or suffixes ("attn.c_proj"), each match an expert; None: the attention's
@@ -624,7 +637,7 @@ class MonkeyJumpConfig:
         for names, kinds, right, allowed in (
             ("adapter", {str}, lambda v: v in ADAPTERS, f"one of {', '.join(ADAPTERS)}"),
             ("rep_mode", {str}, lambda v: v in REP_MODES, f"one of {', '.join(REP_MODES)}"),
-            ("blocks", {dict}, lambda v: {*map(type, sum(v.values(), []))} <= {int}, "indices by class, or None"),
+            ("blocks", {dict}, lambda v: all(type(i) is int for ids in v.values() for i in ids), "indices, or None"),
             ("linears shared_expert", {list}, lambda v: {*map(type, v)} <= {str}, "names, or None"),
             ("rank degree top_k update_every", {int}, lambda v: v >= 1, "an integer >= 1"),
             ("update_until", {int}, lambda v: v >= 0, "an integer >= 0, or None"),
@@ -702,7 +715,8 @@ def make_parts(model: nn.Module, config: MonkeyJumpConfig, device: Any = None) -
         default = linears[path] if peft else attention_projections(block)
         experts = default if config.linears is None else match(linears[path], config.linears)
         experts = [name for name in experts if name not in shared]
-        most, at = max(most, len(experts)), device or next(block.parameters()).device
+        most = max(most, len(experts))
+        at = device or next(block.parameters()).device
         for name in experts + shared:
             if (layer := block.get_submodule(name)) not in served:  # zamba's blocks share their attention
                 parts[f"{path}.{name}"] = adapter = ADAPTERS[config.adapter](*features(layer), config, at)
@@ -740,7 +754,7 @@ def install(model: nn.Module, parts: dict[str, Any], config: MonkeyJumpConfig) -
 
 
 def remove_monkeyjump(model: nn.Module) -> nn.Module:
-    """Give the base model back, bit for bit, requiring the gradients that it did."""
+    """Give the base model back, bit for bit, requiring gradients as it did."""
     trained = adapted(model).monkeyjump.trained_before
     for module in list(model.modules()):
         if isinstance(module, Routed):
@@ -753,10 +767,10 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it, in this thread, the output is exactly the base model's: a reference pass, as in DPO."""
-    # PEFT's own switch serves also what is not routed: embeddings, heads.
-    switches = [(m, "_disable_adapters") for m in model.modules() if hasattr(m, "_disable_adapters")]
-    switches.append((adapted(model).monkeyjump.current, "disabled"))
+    """In this thread the output is exactly the base model's: for a reference pass, as in DPO."""
+    # PEFT's own switch, of all threads, serves what is not routed: embeddings, heads.
+    peft = [m for m in model.modules() if hasattr(m, "_disable_adapters") and not isinstance(m, RoutedPeft)]
+    switches = [(adapted(model).monkeyjump.current, "disabled"), *((m, "_disable_adapters") for m in peft)]
     with contextlib.ExitStack() as stack:
         for part, name in switches:
             stack.callback(setattr, part, name, getattr(part, name))
@@ -774,7 +788,7 @@ def init_router_centers(
     rep_mode: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Set the centers of every block by k-means on the data (section 3), in just enough forward passes.
+    """Set the centers of every block by k-means on the data (section 3), in few forward passes.
 
     Takes a model and batches, or a Trainer, which has its own. subset_size counts representations (tokens or sequences)
     of all ranks. rep_mode must be the applied one. After an error the old centers stay.
@@ -786,12 +800,12 @@ def init_router_centers(
         dataloader = model.get_train_dataloader() if dataloader is None else dataloader
         model = model.model
     root, numbers = adapted(model), (subset_size, kmeans_iters, seed)
-    wiring, ranks = root.monkeyjump, dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    wiring = root.monkeyjump
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if rep_mode not in (None, wiring.config.rep_mode):
         raise ValueError(f"{rep_mode=}: the model was adapted with rep_mode={wiring.config.rep_mode!r}")
-    if dataloader is None or {*map(type, numbers)} != {int} or min(*numbers, subset_size - 1) < 0:
-        given = f"{dataloader=}, {subset_size=}, {kmeans_iters=}, {seed=}"
-        raise ValueError(f"{given}: must be batches, integers >= 1, 0, 0")
+    if dataloader is None or {*map(type, numbers)} != {int} or subset_size < 1 or min(numbers) < 0:
+        raise ValueError(f"{subset_size=}, {kmeans_iters=}, {seed=}: need >= 1, 0, 0 and a dataloader")
     wanted = math.ceil(subset_size / ranks)
     quota = math.ceil(wanted / min(8, max(1, operator.length_hint(dataloader, 8))))  # from one batch
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
@@ -814,7 +828,10 @@ def init_router_centers(
                 if not any(torch.is_tensor(v) and v.dim() > 1 for v in given.values()):
                     raise ValueError(f"a batch of the dataloader is {batch!r:.200}, not tensors [batch, ...]")
                 model(**{name: v.to(device) if torch.is_tensor(v) else v for name, v in given.items()})
-                if max(map(len, seen.values())) >= wanted:
+                enough = torch.tensor(max(map(len, seen.values())) >= wanted, dtype=torch.int, device=device)
+                if ranks > 1:
+                    dist.all_reduce(enough)  # under FSDP ranks run in step
+                if enough:
                     break
         finally:
             wiring.current.sample = None
@@ -836,7 +853,7 @@ def init_router_centers(
 
 # ---------- saving, loading
 def saved_tensors(parts: dict[str, Any]) -> dict[str, Tensor]:
-    """What an adapter file holds, by name: all but the state of training."""
+    """What an adapter file holds, by name: all but pending sums and AdaLoRA's importance."""
     states = {f"{path}.monkeyjump.": part.state_dict(keep_vars=True).items() for path, part in parts.items()}
     tensors = {path + name: tensor for path, state in states.items() for name, tensor in state}
     return {name: t for name, t in tensors.items() if not re.search(r"\.(pending|sensitivity_|uncertainty_)\w*$", name)}
@@ -886,17 +903,20 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
                 raise ValueError(f"saved with {config}, but the model has {root.monkeyjump.config}")
             parts = make_parts(model, config, "meta") if root is None else root.monkeyjump.parts
             needed = {name: list(tensor.shape) for name, tensor in saved_tensors(parts).items()}
-            given = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            given = {name: file.get_slice(name).get_shape() for name in file.keys()}
             for name in sorted(given.keys() | needed.keys()):
                 if given.get(name) != needed.get(name):
                     raise ValueError(f"{name} is {given.get(name)}, the model has {needed.get(name)}")
             tensors = {name: file.get_tensor(name) for name in given}
-            if poisoned := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            if poisoned := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
                 raise ValueError(f"{poisoned[0]} is not finite")
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{weights}: {error}") from error
     if root is None:
         install(model, make_parts(model, config), config)
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # after a forward FSDP2's root is whole
+            module.reshard()
     set_model_state_dict(adapted(model), tensors, options=StateDictOptions(full_state_dict=True, strict=False))
     return model
 
@@ -912,23 +932,14 @@ def print_trainable_parameters(model: nn.Module) -> str:
 
 
 def router_statistics(model: nn.Module, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What each block's experts received in training since the last reset, of all ranks up to the last step.
-
-    count of representations; share [E] of them; gate_mass [E], of the gates; entropy of the shares, log E if balanced.
-    """
+    """By block, in training up to the last step: count of representations, the share [E] nearest to each expert."""
     result = {}
     for path, router in adapted(model).monkeyjump.routers.items():
-        gates = (router.served + router.gathered)[:, router.centers.shape[1] :].cpu()  # [E, E], summed by best expert
-        counts, total = gates.sum(dim=1), gates.sum().clamp(min=1.0)
-        result[path] = {
-            "experts": list(router.experts),
-            "count": round(counts.sum().item()),
-            "share": counts / total,
-            "gate_mass": gates.sum(dim=0) / total,
-            "entropy": torch.special.entr(counts / total).sum().item(),
-        }
+        counts = router.served[:, -1].cpu()  # [E]
+        share = counts / counts.sum().clamp(min=1.0)
+        result[path] = {"experts": list(router.experts), "count": round(counts.sum().item()), "share": share}
         if reset:
-            router.served.copy_(-router.gathered)  # reported already; the next step adds it
+            router.served.zero_()
     return result
 
 
@@ -950,22 +961,20 @@ def allocate_ranks(
     initial_steps: int = 0,
     final_steps: int = 0,
     interval: int = 10,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
+    beta: float = 0.85,
 ) -> None:
     """AdaLoRA's pruning (Zhang et al. 2023, section 3): once a step, between optimizer.step() and zero_grad().
 
     A triplet (column of P, entry of L, row of Q) is as important as its sensitivity |w dL/dw| times its uncertainty,
-    smoothed by beta1 and beta2. The budget falls cubically from rank to target_rank a projection: every interval the L
+    both smoothed by beta. The budget falls cubically from rank to target_rank a projection: every interval the L
     of the least important become zero, and may recover until the final steps. Steps count from 1.
     """
     adapters = adalora(model)
     start = sum(len(adapter.lora_E) for adapter in adapters)
     rank, last = start / len(adapters), total_steps - final_steps
-    right = 0 < target_rank <= rank and 0 <= initial_steps < last <= total_steps and interval >= 1
-    if not (right and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        given = f"{target_rank=}, {initial_steps=}, {final_steps=}, {total_steps=}, {interval=}, {beta1=}, {beta2=}"
-        raise ValueError(f"{given}: need ranks <= {rank}, steps in order, interval >= 1, 0 <= betas < 1")
+    if not (0 < target_rank <= rank and 0 <= initial_steps < last <= total_steps and interval >= 1 > beta >= 0):
+        given = f"{target_rank=}, {initial_steps=}, {final_steps=}, {total_steps=}, {interval=}, {beta=}"
+        raise ValueError(f"{given}: need ranks <= {rank}, steps in order, interval >= 1, 0 <= beta < 1")
     scores = []
     for adapter in adapters:
         score = {}
@@ -973,16 +982,16 @@ def allocate_ranks(
             sensitivity, uncertainty = getattr(adapter, f"sensitivity_{name}"), getattr(adapter, f"uncertainty_{name}")
             if step < last and weight.grad is not None:
                 now = (weight * weight.grad).abs()
-                sensitivity.lerp_(now, 1.0 - beta1)
-                uncertainty.lerp_((now - sensitivity).abs(), 1.0 - beta2)
+                sensitivity.lerp_(now, 1.0 - beta)
+                uncertainty.lerp_((now - sensitivity).abs(), 1.0 - beta)
             score[name] = sensitivity * uncertainty
         scores.append(score["lora_E"] + score["lora_A"].mean(dim=1) + score["lora_B"].mean(dim=0))
     target, left = target_rank * len(adapters), (last - step) / (last - initial_steps)
-    budget = int(target + (start - target) * max(0.0, left) ** 3)
+    budget = max(1, int(target + (start - target) * max(0.0, left) ** 3))
     if initial_steps < step and (step >= last or step % interval == 0) and budget < start:
-        threshold = torch.cat(scores).kthvalue(start - budget).values
+        threshold = torch.cat(scores).kthvalue(start - budget + 1).values
         for adapter, score in zip(adapters, scores, strict=True):
-            adapter.lora_E.masked_fill_(score <= threshold, 0.0)
+            adapter.lora_E.masked_fill_(score < threshold, 0.0)
 
 
 def orthogonal_regularization(model: nn.Module) -> Tensor:

@@ -248,12 +248,12 @@ def test_statistics_count_finite_real_vectors_only():
     raw, real = torch.randn(10, 6) * 100, torch.arange(10) < 8
     raw[2], raw[3, 2], raw[4, 0], raw[5] = torch.full((6,), 1e-30), math.nan, math.inf, 0.0
     points, c = mj.unit(raw), mj.unit(torch.randn(3, 6))
-    gates, best = mj.route(points, c, 2)
-    found, expected = mj.cluster_statistics(points, best, gates, real), torch.zeros(3, 9, dtype=torch.double)
+    best = mj.route(points, c, 2)[1]
+    found, expected = mj.cluster_statistics(points, best, 3, real), torch.zeros(3, 7, dtype=torch.double)
     for n in (0, 1, 6, 7):
         torch.testing.assert_close(points[n].double(), naive_unit(raw[n]))
         expected[best[n], :6] += naive_unit(raw[n])
-        expected[best[n], 6:] += gates[n].double()
+        expected[best[n], 6] += 1
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -423,8 +423,8 @@ def test_padding_is_invisible(entry, mode, side, attention):
         other = copy.deepcopy(model).train()
         for ids, end in inputs:
             run(other, ids, end)
-        assert mj.router_statistics(other)["model.layers.1"]["count"] == (14 if mode == "token" else 2)
         mj.update_router_centers(other)
+        assert mj.router_statistics(other)["model.layers.1"]["count"] == (14 if mode == "token" else 2)
         moved.append(centers(other))
     assert_same(*moved, atol=1e-4, rtol=1e-4)
     assert all_differ(moved[0], centers(model))
@@ -457,6 +457,9 @@ def test_centers_move_when_an_optimizer_steps_by_all_that_was_seen_since(kind, e
             scaler.step(optimizers[0])
             scaler.update()
             weights[0].grad = right
+            fused = torch.optim.SGD(weights[:1], fused=True)  # is called all the same, and skips it by itself
+            fused.found_inf = fused.grad_scale = torch.ones(1)
+            fused.step()
         assert_same(centers(model), expected, atol=1e-5, rtol=1e-4)
         for optimizer in optimizers:
             optimizer.step()
@@ -493,20 +496,17 @@ def test_the_plain_trainer_accumulates_like_one_batch_and_resumes_exactly(tmp_pa
 def test_router_statistics_count_what_the_experts_received():
     model, block = adapted("lora").train(), "model.layers.1"
     router = model.get_submodule(block).monkeyjump
-    mass, counts = torch.zeros(4).double(), torch.zeros(4).double()
+    counts = torch.zeros(4)
     for seed in range(3):
         c = router.centers.double()
         with noted_calls(model, BLOCKS) as seen:
             train(model, [batch(seed=seed)])
         for vector in map(naive_unit, seen[block][0][0][0].flatten(0, 1)):
-            mass += torch.tensor(naive_gates(vector, c, 2, 1.0))
             counts[(c @ vector).argmax()] += 1
     found = mj.router_statistics(model, reset=True)[block]
     assert found["count"] == 3 * 18 and found["experts"] == [f"self_attn.{p}" for p in PROJECTIONS]
-    expected = {"share": counts / 54, "gate_mass": mass / 54, "entropy": torch.special.entr(counts / 54).sum()}
-    for key, value in expected.items():
-        torch.testing.assert_close(torch.as_tensor(found[key]).double(), value.double(), atol=1e-4, rtol=1e-4)
-    model(batch())
+    torch.testing.assert_close(found["share"], counts / 54)
+    train(model, [batch()])
     assert mj.router_statistics(model)[block]["count"] == 18
 
 
@@ -550,6 +550,17 @@ def test_checkpointing_changes_neither_gradients_nor_centers_nor_counts(how, mod
     assert_same(*results, atol=1e-6, rtol=1e-5)
 
 
+def test_a_checkpoint_inside_a_block_is_refused_and_projections_called_alone_are_the_bases():
+    model, x = adapted("lora").train(), torch.randn(1, 3, 32)
+    attention = model.model.layers[1].self_attn
+    for _ in range(2):  # the second time inside a checkpoint
+        loss = model(batch(), labels=batch()).loss
+        assert torch.equal(attention.q_proj(x), F.linear(x, attention.q_proj.weight))
+        model.model.layers[1].self_attn = checkpoint_wrapper(attention)
+    with pytest.raises(RuntimeError, match="wrap whole blocks"):
+        loss.backward()
+
+
 # ----------------------------------------------------------------------------------------- promise 7: several processes
 def work(rank, kind, folder):
     """One of two processes: from a pickled model, with its half of every batch, in two micro-batches."""
@@ -558,6 +569,9 @@ def work(rank, kind, folder):
     half, start = [ids.chunk(2)[rank] for ids in torch.load(f"{folder}/batches.pt")], centers(model)
     mj.init_router_centers(model, half, subset_size=4 * 4 * 9, kmeans_iters=50)
     clustered, refused = centers(model), False
+    with noted_calls(model, BLOCKS) as seen:  # one rank has enough, 5 times 2, and the other stops with it
+        mj.init_router_centers(model, 8 * [batch(1, 1 + rank)], subset_size=18)
+    assert {len(calls) for calls in seen.values()} == {5}
     model.load_state_dict(start, strict=False)
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -570,6 +584,7 @@ def work(rank, kind, folder):
     gradients = whole(train(model, half, forward=wrapped, parts=2)[0])
     mj.save_adapter(model, f"{folder}/out")
     before = whole(trained(model) | centers(model))
+    model.eval()(half[0])  # which leaves FSDP2's root gathered
     try:
         mj.load_adapter(model, f"{folder}/other")
     except ValueError:
@@ -716,6 +731,20 @@ def test_adapters_and_centers_stay_float32_when_the_model_is_cast_and_train_on(a
     torch.testing.assert_close(torch.stack([*moved.values()]).norm(dim=-1), torch.ones(2, 4))
 
 
+@torch.no_grad()
+def test_a_write_through_data_shows_in_the_next_prompt_and_a_float32_residual_stream_above_bf16_serves():
+    model, other = adapted("lora").bfloat16(), adapted("lora", seed=5).bfloat16()
+    model(batch(2, 1))  # a decoded token: casts are kept
+    for name, parameter in trained(model).items():
+        parameter.data.copy_(trained(other)[name])
+    model.load_state_dict(centers(other), strict=False)
+    torch.testing.assert_close(model(batch()).logits, other(batch()).logits, atol=0, rtol=0)
+    config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=50, residual_in_fp32=True)
+    mamba = transformers.MambaForCausalLM(config).bfloat16().eval()
+    right = mamba(batch()).logits
+    assert torch.equal(mj.apply_monkeyjump(mamba, top_k=1)(batch()).logits, right)
+
+
 @grid(adapter=OWN_ADAPTERS)
 def test_what_is_kept_for_the_backward_pass_of_a_bf16_base_is_bf16(adapter):
     def kept_in_float32(model):
@@ -807,6 +836,9 @@ BROKEN = [
     ("rank=-1: must be an integer >= 1", lambda f: rewrite(f, rank=-1)),
     (r"\[3, 32\]|rank=3", lambda f: rewrite(f, rank=3)),
     ("1000000000000000", lambda f: rewrite(f, rank=10**15)),
+    (WEIGHTS, lambda f: rewrite(f, rank=2**62)),
+    (WEIGHTS, lambda f: rewrite(f, alpha=10**400)),
+    ("lora_A is not finite", lambda f: rewrite(f, {A: torch.full((2, 32), 1e300, dtype=torch.double)})),
     ("NoLayer", lambda f: rewrite(f, blocks={"NoLayer": [0]})),
     ("JSON|config", lambda f: rewrite(f, text=DEEP)),
     (COPY, lambda f: (f / COPY).write_text((f / COPY).read_text().replace('"token"', '"mean"'))),
@@ -993,7 +1025,7 @@ def test_centers_stay_when_they_cannot_be_set(loader, settings, message):
     trainer = types.SimpleNamespace(model=model, get_train_dataloader=lambda: loader)
     with unchanged(model), pytest.raises(ValueError if message else Exception, match=message):
         mj.init_router_centers(trainer, **settings)
-    with pytest.raises(ValueError, match="dataloader=None"):
+    with pytest.raises(ValueError, match="and a dataloader"):
         mj.init_router_centers(model)
     before, trainer.get_train_dataloader = centers(model), lambda: [batch()]
     mj.init_router_centers(trainer)
@@ -1003,7 +1035,7 @@ def test_centers_stay_when_they_cannot_be_set(loader, settings, message):
 # -------------------------------------------------------------------------------------------------------------- AdaLoRA
 def test_rank_allocation_is_that_of_peft_step_by_step_also_of_a_resumed_run():
     peft = pytest.importorskip("peft")
-    schedule = {"tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 14, "beta1": 0.85, "beta2": 0.9}
+    schedule = {"tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 14, "beta1": 0.8, "beta2": 0.8}
     config = peft.AdaLoraConfig(target_modules=PROJECTIONS, target_r=2, init_r=4, **schedule)
     model, theirs, pruned = adapted("adalora", rank=4), {}, []
     other = peft.get_peft_model(tiny_llama(), config).base_model
@@ -1011,7 +1043,7 @@ def test_rank_allocation_is_that_of_peft_step_by_step_also_of_a_resumed_run():
         theirs[f"{path}.monkeyjump.{name}"] = getattr(other.model.get_submodule(path), name)["default"]
     for name, ours in trained(model).items():
         theirs[name].data.copy_(ours.data.view_as(theirs[name]))
-    settings = {"target_rank": 2, "initial_steps": 2, "final_steps": 3, "interval": 2, "beta1": 0.85, "beta2": 0.9}
+    settings = {"target_rank": 2, "initial_steps": 2, "final_steps": 3, "interval": 2, "beta": 0.8}
     for step in range(1, 15):
         if step == 6:
             before, model = model.state_dict(), adapted("adalora", rank=4, seed=9)
@@ -1028,7 +1060,7 @@ def test_rank_allocation_is_that_of_peft_step_by_step_also_of_a_resumed_run():
         assert_same(trained(model), {name: theirs[name].view_as(p) for name, p in trained(model).items()})
         pruned.append(sum(int((p == 0).sum()) for p in trained(model).values()))
     assert pruned[:3] == [0, 0, 0] and 0 < pruned[3] < 8 * 2 and pruned[10:] == [8 * 2] * 4
-    for wrong in ({"interval": 0}, {"beta1": 1.0}, {"beta2": math.nan}, {"target_rank": 5}, {"final_steps": 14}):
+    for wrong in ({"interval": 0}, {"beta": 1.0}, {"beta": math.nan}, {"target_rank": 5}, {"final_steps": 14}):
         with unchanged(model), pytest.raises(ValueError, match=next(iter(wrong))):
             mj.allocate_ranks(model, 10, 14, **{**settings, **wrong})
     with pytest.raises(ValueError, match="for adapter='adalora'"):
@@ -1549,6 +1581,9 @@ def test_two_threads_on_one_routed_peft_model_give_what_one_gives():
     inputs = [{"input_ids": batch(rows=rows, seed=rows)} for rows in (1, 2, 3, 4)] * 20
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda own: logits(fast, own), inputs))
+        with mj.disable_adapters(fast):  # in this thread
+            found[0], without = pool.submit(logits, fast, inputs[0]).result(), logits(fast, inputs[0])
+    torch.testing.assert_close(without, logits(tiny_llama(), inputs[0]), atol=0, rtol=0)
     assert all(torch.equal(own, logits(fast, given)) for own, given in zip(found, inputs, strict=True))
 
 

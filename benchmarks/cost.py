@@ -340,10 +340,9 @@ def scaling_table(rounds: int, device: str) -> list[dict]:
             seen = []
             for block_centers in centers:
                 representations = unit(hidden)
-                gates, experts = route(representations, block_centers, k)
-                seen.append(cluster_statistics(representations, experts, gates, None))
-            sums, mass = torch.stack(seen).split([width, E], dim=-1)
-            ema_update(centers, sums, mass.sum(-1), 0.9)
+                _, experts = route(representations, block_centers, k)
+                seen.append(cluster_statistics(representations, experts, E, None))
+            ema_update(centers, torch.stack(seen), 0.9)
 
         return run
 
