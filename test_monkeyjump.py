@@ -1267,6 +1267,7 @@ def test_on_every_architecture_all_adapters_train_and_nothing_else_does_and_are_
     inputs = text_inputs(model, tokens=16)
     unless_base_fails(lambda: model.train()(**inputs))
     assert_all_train(adapt(model), inputs)
+    mj.update_router_centers(model)
     assert all(seen["count"] > 0 for seen in mj.router_statistics(model).values())
     assert_saved_and_loaded(model, tiny_model(model_type), inputs, tmp_path)
 
@@ -1842,14 +1843,12 @@ def test_example_continues_a_saved_adapter_and_answers_with_it(example_text, tmp
     assert capsys.readouterr().out.strip() == "12"
 
 
-def test_example_reads_messages_beside_pairs_and_rows_with_and_without_images_from_the_folder_itself(
-    tmp_path, monkeypatch
-):
+def test_example_reads_messages_beside_pairs_and_rows_with_and_without_images(tmp_path, monkeypatch):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     Image.new("RGB", (4, 4)).save(tmp_path / "red.png")
     pairs = [{"prompt": "c", "answer": "d", "images": ["red.png"]}, {"prompt": "e", "answer": "f", "images": []}]
     example_rows(tmp_path / "rows.jsonl", [{"messages": chat, "images": None}, *pairs])
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # the file lies in the current folder, which has no name
     rows = list(train_example.load_rows(train_example.Options(dataset="rows.jsonl"), "train"))
     assert [row["prompt"][0]["content"] + row["completion"][0]["content"] for row in rows] == ["ab", "cd", "ef"]
     assert [[image.size for image in row["images"]] for row in rows] == [[], [(4, 4)], []]
