@@ -1310,8 +1310,8 @@ def test_on_every_architecture_all_modes_generate_and_the_cache_does_not_matter(
 def test_on_every_architecture_checkpointing_does_not_change_the_gradients(model_type):
     model, other = tiny_model(model_type).train(), tiny_model(model_type).train().requires_grad_(False)
     inputs = text_inputs(model)
-    if not model.supports_gradient_checkpointing:
-        pytest.skip("does not support gradient checkpointing")
+    if not model.supports_gradient_checkpointing or "zamba" in model_type:
+        pytest.skip("does not support gradient checkpointing, or has checkpoints inside its blocks, which are refused")
     other.enable_input_require_grads()
     for rep_mode, use_reentrant in (("token", False), ("mean", True)):
         other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
