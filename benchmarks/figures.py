@@ -32,19 +32,20 @@ def draw_quality(results: list[dict], path: Path) -> None:
     runs = quality.group(results)
     kinds = list(dict.fromkeys(quality.projections(method) for method in runs))
     grays = {"lora": "black", "moe_lora": "#888888", "hydra_lora": "#bbbbbb"}
-    figure, axis = plt.subplots(figsize=(8, 3.6))
+    figure, axis = plt.subplots(figsize=(8, 4.2))
     drawn: dict[int, int] = {}  # methods of the same size are drawn side by side
+    shades = iter(plt.get_cmap("tab20").colors)
     for method, by_seed in runs.items():
         size = next(iter(by_seed.values()))["parameters"]
         drawn[size] = drawn.get(size, -1) + 1
         nll = [run["nll"] for run in by_seed.values()]
         axis.errorbar(
-            size * 1.06 ** drawn[size], statistics.mean(nll), statistics.stdev(nll) if len(nll) > 1 else None,
-            fmt="osD"[kinds.index(quality.projections(method))], color=grays.get(method.split()[0]), markersize=8,
-            capsize=3, label=f"{names.get(method, method)} ({len(nll)})",
+            size * 1.04 ** drawn[size], statistics.mean(nll), statistics.stdev(nll) if len(nll) > 1 else None,
+            fmt="osD"[kinds.index(quality.projections(method))], markersize=7, capsize=3,
+            color=grays.get(method.split()[0]) or next(shades), label=f"{names.get(method, method)} ({len(nll)})",
         )  # fmt: skip
     axis.set(xscale="log", xlabel="trained parameters", ylabel="nll of the right answer (lower is better)")
-    axis.set_xticks(list(drawn), [f"{size:,}" for size in drawn])
+    axis.set_xticks(list(drawn), [f"{size / 1000:.0f}k" for size in drawn])
     axis.set_xticks([], minor=True)
     axis.margins(0.15)
     axis.grid(alpha=0.3)
