@@ -45,7 +45,8 @@ def draw_quality(results: list[dict], path: Path) -> None:
             color=grays.get(method.split()[0]) or next(shades), label=f"{names.get(method, method)} ({len(nll)})",
         )  # fmt: skip
     axis.set(xscale="log", xlabel="trained parameters", ylabel="nll of the right answer (lower is better)")
-    axis.set_xticks(list(drawn), [f"{size / 1000:.0f}k" for size in drawn])
+    ticks = [size for size in (50_000, 100_000, 200_000, 500_000, 1_000_000) if size < 2 * max(drawn)]
+    axis.set_xticks(ticks, [f"{size // 1000}k" for size in ticks])
     axis.set_xticks([], minor=True)
     axis.margins(0.15)
     axis.grid(alpha=0.3)
