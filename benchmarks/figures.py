@@ -1,185 +1,136 @@
-"""The evidence, drawn: quality against parameters, who serves which tokens, representations with centers, costs.
+"""Draws the figures of README and quality.md from the results that lie beside this file.
 
-    python benchmarks/figures.py                                                  # quality.png, routing.png
-    python benchmarks/figures.py --model FOLDER_OR_FILE.gguf --data FOLDER        # representations.png
-    python benchmarks/cost.py --json cost.json && python benchmarks/figures.py --cost cost.json        # cost.png
-
-The first two are made of quality.jsonl, the fourth of what cost.py wrote; only the third needs a model. All are
-written beside this file.
+    python benchmarks/cost.py --grow --json benchmarks/cost_grow.json    # makes the first's figures
+    python benchmarks/figures.py            # cost.png, quality.png, routing.png (needs matplotlib)
 """
 
-import argparse
 import json
+import operator
 import statistics
 from pathlib import Path
 
 import matplotlib
 import quality
 import torch
-from torch import Tensor, nn
+from matplotlib import pyplot as plt
 
+FOLDER = Path(__file__).resolve().parent
+COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44"]
+OURS, OTHERS = COLORS[0], "#888888"
+USUAL = {"tokens": 512, "experts": 4, "blocks": 8}  # cost.py's setting, from which one changes
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-FOLDER = Path(__file__).parent
-COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]
-plt.rcParams |= {"font.size": 9, "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True}
+plt.rcParams |= {"font.size": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True}
 
 
-def draw_quality(results: list[dict], path: Path) -> None:
-    """nll against trained parameters, a mark a method: mean and standard deviation over its seeds."""
-    names = {method: name for name, method in quality.METHODS.items()}
-    runs = quality.group(results)
-    kinds = list(dict.fromkeys(quality.projections(method) for method in runs))
-    grays = {"lora": "black", "moe_lora": "#888888", "hydra_lora": "#bbbbbb"}
-    figure, axis = plt.subplots(figsize=(8, 4.2))
-    drawn: dict[int, int] = {}  # methods of the same size are drawn side by side
-    shades = iter(plt.get_cmap("tab20").colors)
-    for method, by_seed in runs.items():
-        size = next(iter(by_seed.values()))["parameters"]
-        drawn[size] = drawn.get(size, -1) + 1
-        nll = [run["nll"] for run in by_seed.values()]
-        axis.errorbar(
-            size * 1.04 ** drawn[size], statistics.mean(nll), statistics.stdev(nll) if len(nll) > 1 else None,
-            fmt="osD"[kinds.index(quality.projections(method))], markersize=7, capsize=3,
-            color=grays.get(method.split()[0]) or next(shades), label=f"{names.get(method, method)} ({len(nll)})",
-        )  # fmt: skip
-    axis.set(xscale="log", xlabel="trained parameters", ylabel="nll of the right answer (lower is better)")
-    ticks = [size for size in (50_000, 100_000, 200_000, 500_000, 1_000_000) if size < 2 * max(drawn)]
-    axis.set_xticks(ticks, [f"{size // 1000}k" for size in ticks])
-    axis.set_xticks([], minor=True)
-    axis.margins(0.15)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", title="method (seeds)")
+def draw_cost(cost: dict, path: Path) -> None:
+    """A training step over PEFT LoRA's and over the floor's as work grows; k-means' cost."""
+    figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.9))
+    for axis, column in zip(axes, ("tokens", "experts", "blocks"), strict=False):
+        draw_growth(axis, cost["grow"], column)
+    axes[0].set_ylabel("our step's time over")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    rows = cost["k-means"]
+    sizes = [row["representations"] for row in rows]
+    axes[3].plot(sizes, [row["seconds"] for row in rows], "ko-", label="seconds")
+    twin = axes[3].twinx()
+    twin.plot(sizes, [row["MiB"] for row in rows], "k^--", label="MiB")
+    axes[3].set(xscale="log", yscale="log", title="k-means by representations", ylabel="s (line)")
+    twin.set(yscale="log", ylabel="MiB (dashes)")
+    figure.suptitle(cost["setting"], fontsize=8)
     figure.savefig(path)
 
 
-def stack(axis, labels: list[str], shares: list[list[int]], experts: list[str]) -> None:
-    """Horizontal bars of shares in thousandths, an expert a color."""
+def draw_growth(axis, rows: list[dict], column: str) -> None:
+    """One panel: what changes is one column, the others are as in the usual setting."""
+    shown = []
+    for row in rows:
+        changed = {name for name, value in USUAL.items() if row[name] != value}
+        if changed <= {column}:
+            shown.append(row)
+    shown.sort(key=operator.itemgetter(column))
+    x = [row[column] for row in shown]
+    for color, dtype in zip(COLORS, ("bf16", "fp32"), strict=False):
+        for line, other in (("o-", "PEFT LoRA"), ("s--", "floor")):
+            y = [row[f"{dtype} / {other}"] for row in shown]
+            axis.plot(x, y, line, color=color, label=f"{other}'s, {dtype}")
+    axis.axhline(1.0, color="gray", linewidth=0.8)
+    axis.set(xscale="log", title=f"by {column}", ylim=(0.85, 1.35))
+    axis.set_xticks(x, map(str, x))
+    axis.set_xticks([], minor=True)
+
+
+def draw_quality(headline: list[dict], others: list[dict], path: Path) -> None:
+    """nll less LoRA's on the same projections: mean and standard error over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4))
+    draw_differences(axes[0], headline, "twenty tasks")
+    draw_differences(axes[1], others, "fourteen tasks")
+    axes[1].axvspan(-0.015, 0.015, color="#dddddd", label="one method run twice, three seeds each")
+    figure.legend(loc="outside lower right")
+    figure.suptitle("nll of the right answer less LoRA's on the same projections (less is better)")
+    figure.savefig(path)
+
+
+def draw_differences(axis, results: list[dict], title: str) -> None:
+    """A row for each method that has at least two seeds in common with LoRA."""
+    runs, labels = quality.group(results), []
+    names = {method: name for name, method in quality.METHODS.items()}
+    for (method, rate), by_seed in runs.items():
+        pairs = quality.paired(by_seed, quality.plain_lora(runs, method, rate), "nll")
+        if method.startswith("lora ") or len(pairs) < 2:
+            continue
+        color = OURS if method.startswith("mj ") else OTHERS
+        error = quality.standard_error(pairs)
+        mean, y = statistics.mean(pairs), -len(labels)
+        axis.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=3)
+        size = next(iter(by_seed.values()))["parameters"]
+        name = f"{names[method]}, rate {rate:g}"
+        labels.append(f"{name}\n{size:,} parameters, {len(pairs)} seeds")
+    axis.axvline(0.0, color="gray", linewidth=0.8)
+    axis.set_yticks([-index for index in range(len(labels))], labels, fontsize=7)
+    axis.set_title(title)
+
+
+def stack(axis, labels: list[str], shares: list[list[float]], experts: list[str]) -> None:
+    """Horizontal bars of shares of tokens, an expert a color."""
     left = [0.0] * len(shares)
-    for e, name in enumerate(experts):
-        widths = [row[e] / 1000 for row in shares]
-        axis.barh(labels, widths, left=left, color=COLORS[e], label=name, height=0.85)
+    for index, name in enumerate(experts):
+        widths = [row[index] for row in shares]
+        axis.barh(labels, widths, left=left, color=COLORS[index], label=name, height=0.85)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.set(xlim=(0, 1), xlabel="share of tokens")
     axis.invert_yaxis()
 
 
-def draw_routing(result: dict, name: str, path: Path) -> None:
-    """Share of each expert by block, over the second half of training, and by task in the block that separates most."""
-    experts = quality.parse(result["method"])[1]["linears"]
-    tasks = sorted(result["shares_by_task"])
-    by_task = torch.tensor([result["shares_by_task"][task] for task in tasks], dtype=torch.float)  # [tasks, L, E]
-    block = int(by_task.std(dim=0).mean(dim=-1).argmax())
+def draw_routing(line: dict, path: Path) -> None:
+    """Who serves the test rows' tokens: by block, and by task in the block that differs most."""
+    experts = quality.parse(line["method"])[1]["linears"]
+    tasks = sorted(line["shares_by_task"])
+    shares = torch.tensor([line["shares_by_task"][task] for task in tasks]) / 1000  # [tasks, L, E]
+    most = int(shares.std(dim=0).mean(dim=-1).argmax())
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8))
-    stack(left, [str(i) for i in range(len(result["shares"]))], list(result["shares"].values()), experts)
-    left.set(title="by block, in training", ylabel="adapted block")
-    stack(right, tasks, by_task[:, block].tolist(), experts)
-    right.set(title=f"by task, test rows, block {block}")
-    figure.suptitle(f"{name}, seed {result['seed']}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(experts))
-    figure.savefig(path)
-
-
-@torch.no_grad()
-def representations(model: nn.Module, rows: list[dict], pad: int, blocks: list[str]) -> dict[str, Tensor]:
-    """By block, the directions [N, D] of the inputs of all real tokens."""
-    import monkeyjump as mj
-
-    found: dict[str, list[Tensor]] = {block: [] for block in blocks}
-    real = None
-
-    def watch(block: str):
-        return lambda _, args: found[block].append(mj.unit(args[0])[real].cpu())
-
-    hooks = [model.get_submodule(block).register_forward_pre_hook(watch(block)) for block in blocks]
-    model.eval()
-    for start in range(0, len(rows), 8):
-        inputs = quality.collate(rows[start : start + 8], pad, next(model.parameters()).device)
-        real = inputs["attention_mask"].bool()
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return {block: torch.cat(parts) for block, parts in found.items()}
-
-
-def draw_representations(points: dict[str, Tensor], centers: dict[str, Tensor], experts: list[str], path: Path) -> None:
-    """Two principal components of the directions; each center where its cluster is.
-
-    A center is a unit vector and the mean of its cluster is shorter, by the mean cosine between the two: so it is
-    drawn at center times mean cosine, which after k-means is the cluster's mean.
-    """
-    figure, axes = plt.subplots(1, len(points), figsize=(8, 3.2), squeeze=False)
-    for axis, (block, x) in zip(axes[0], points.items(), strict=True):
-        cosines, mine = (x @ centers[block].T).max(dim=-1)
-        mean = x.mean(dim=0)
-        plane = torch.linalg.svd(x - mean, full_matrices=False).Vh[:2].T  # [D, 2]
-        flat = (x - mean) @ plane
-        for e, name in enumerate(experts):
-            some = flat[mine == e]
-            axis.scatter(*some[:: 1 + len(some) // 400].T, s=5, color=COLORS[e], alpha=0.5, linewidths=0, label=name)
-        for e in range(len(experts)):  # after all points, to lie above them
-            star = (centers[block][e] * cosines[mine == e].mean() - mean) @ plane
-            axis.scatter(*star, s=200, marker="*", color=COLORS[e], edgecolors="black")
-        axis.set(title=f"block {block.rpartition('.')[2]}", xticks=[], yticks=[])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(experts), markerscale=3)
-    figure.savefig(path)
-
-
-def draw_cost(cost: dict, path: Path) -> None:
-    """Bars of every system for the figures of cost.py's training table that matter most."""
-    rows, kinds = cost["training"], ("kept MB above floor", "peak MB above floor", "aten calls", "bf16 / PEFT LoRA")
-    columns = [kind for kind in kinds if kind in rows[0]]
-    figure, axes = plt.subplots(1, len(columns), figsize=(8, 3), sharey=True)
-    for axis, column in zip(axes, columns, strict=True):
-        bars = axis.barh([row["system"] for row in rows], [row[column] for row in rows], color=COLORS[0])
-        axis.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.2f}", padding=3)
-        axis.use_sticky_edges = False
-        axis.margins(x=0.25)
-        axis.set(title=column)
-    axes[0].invert_yaxis()
-    figure.suptitle(cost["setting"], fontsize=8)
+    by_block = shares.mean(dim=0).tolist()
+    stack(left, [str(block) for block in range(len(by_block))], by_block, experts)
+    left.set(title="by block", ylabel="adapted block")
+    stack(right, tasks, shares[:, most].tolist(), experts)
+    right.set_title(f"by task, block {most}")
+    figure.suptitle(f"feed-forward routed, seed {line['seed']}, test rows")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(experts))
     figure.savefig(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=str(FOLDER / "quality.jsonl"), help="what quality.py wrote")
-    parser.add_argument("--method", default="feed-forward routed", help="the form to draw, a row of the table")
-    parser.add_argument("--model", help="folder, hub id or .gguf file, for the representations")
-    parser.add_argument("--data", help="folder with train.jsonl and test.jsonl, for the representations")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 15, 28], help="blocks to show")
-    parser.add_argument("--cost", help="what cost.py --json wrote")
-    args = parser.parse_args()
-    method = quality.METHODS.get(args.method, args.method)
-    _, options = quality.parse(method)
-    options.pop("assign", None)
-    if args.cost:
-        draw_cost(json.loads(Path(args.cost).read_text(encoding="utf-8")), FOLDER / "cost.png")
-    elif args.model:
-        import monkeyjump as mj
-
-        model, tokenizer = quality.load_model(args.model, "cpu", torch.bfloat16)
-        mj.apply_monkeyjump(model, **options)
-        batches = quality.training_batches(quality.read_rows(args.data, "train", tokenizer, 60), 16, 8, 0)
-        pad = tokenizer.pad_token_id
-        mj.init_router_centers(model, [quality.collate(rows, pad, "cpu") for rows in batches])
-        rows = quality.take_per_task(quality.read_rows(args.data, "test", tokenizer, 60), 8)
-        centers, _, hooks = quality.watch_clusters(model)
-        for hook in hooks:
-            hook.remove()
-        shown = [list(centers)[i] for i in args.blocks]
-        draw_representations(
-            representations(model, rows, pad, shown), centers, options["linears"], FOLDER / "representations.png"
-        )
-    else:
-        results = quality.read_results(args.results)
-        draw_quality(results, FOLDER / "quality.png")
-        drawn = next((result for result in results if result["method"] == method), None)
-        if drawn is None:
-            parser.error(f"--method {args.method!r}: no run of it in {args.results}")
-        draw_routing(drawn, args.method, FOLDER / "routing.png")
+    """Draw what there are results for."""
+    others = quality.read_results(FOLDER / "quality.jsonl")
+    headline = quality.read_results(FOLDER / "quality_h100.jsonl")
+    draw_quality(headline, others, FOLDER / "quality.png")
+    routed = quality.METHODS["feed-forward routed"]
+    line = next(line for line in others if line["method"] == routed)
+    draw_routing(line, FOLDER / "routing.png")
+    grown = FOLDER / "cost_grow.json"
+    if grown.exists():
+        draw_cost(json.loads(grown.read_text()), FOLDER / "cost.png")
 
 
 if __name__ == "__main__":
