@@ -1,259 +1,438 @@
 """Fine-tune a causal or vision-language model with Monkey Jump, on TRL's SFTTrainer.
 
-    python train_example.py  # a demonstration, no download
+    python train_example.py                                       # a demonstration, no download
     python train_example.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl
-    python train_example.py --model llava-hf/llava-1.5-7b-hf --dataset images.jsonl --load_in_4bit
-    python train_example.py --model Qwen/Qwen3-0.6B --adapter_path monkeyjump-output --generate "Why?"
+    python train_example.py --model llava-hf/llava-1.5-7b-hf --dataset pictures/ --load_in_4bit
+    torchrun --nproc_per_node 4 train_example.py --config run.yaml    # flags, mixtures of data
 
-A row is {"prompt", "answer"} or {"messages"}; its last answer is trained on. "image" or "images" are paths beside the
-file, or an Image column. Fields of trl.SFTConfig are flags (--resume_from_checkpoint last), so are those of routing.
+Data are a file, a folder (of pictures with metadata.jsonl) or a hub id. A row is {"messages"} or
+{"prompt", "completion"}, beside them "images" and "task"; its last answer is trained on.
 """
 
 import argparse
-import inspect
-import json
-import random
+import itertools
+import os
+import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
-from safetensors.torch import save_file
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+import trl
+from datasets import Dataset, Image, Sequence, Value, concatenate_datasets
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
+from transformers.hf_argparser import HfArg
+from trl.data_utils import prepare_multimodal_messages
 
 import monkeyjump as mj
 
+# Flags: where the defaults differ from TRL's, the recommended form, the demonstration.
+PRECISION = "--bf16 yes --dtype bfloat16" if torch.cuda.is_bf16_supported() else "--bf16 no"
+DEFAULTS = f"""{PRECISION} --learning_rate 1e-3 --eval_on_start yes --dataset_test_split held_back
+--test_split_size 0.05 --output_dir monkeyjump-output"""
 RECOMMENDED = "--linears up_proj down_proj --shared_expert q_proj k_proj v_proj o_proj --top_k 1"
-STEPS = 400  # of each half of the demonstration
-DEFAULTS = {"output_dir": "monkeyjump-output", "learning_rate": 1e-3, "max_length": None, "eval_on_start": True}
-DEFAULTS["bf16"] = torch.cuda.is_bf16_supported()  # SFTConfig's suit full fine-tuning, and cut answers off
+DEMONSTRATION = """--model demonstration/model --dataset demonstration/rows.jsonl --rank 8
+--output_dir demonstration/output --learning_rate 1e-2 --max_steps 300 --logging_steps 50
+--per_device_train_batch_size 64 --gradient_checkpointing no"""
+GREETING = """No data set is given: a demonstration. A small Llama of random weights learns three
+tasks on words, in a minute on a CPU; figures vary. By hand: python train_example.py"""
 # For a model without a chat template: the prompt, a space, the answer.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}\
 {{ m.content if m.role != 'assistant' else ' ' + m.content + eos_token }}{% endfor %}"""
+CARD = """# [Monkey Jump](https://arxiv.org/abs/2601.06356) adapters for {name}
+
+```python
+from transformers import AutoProcessor, {kind}
+from monkeyjump import load_adapter
+
+model = {kind}.from_pretrained({name!r}{file})
+load_adapter(model, {directory!r}).eval()
+processor = AutoProcessor.from_pretrained({directory!r})
+```
+
+Trained by TRL's SFTTrainer with {config}
+"""
+USED = {"messages", "prompt", "completion", "image", "images", "task", "tools"}
+MEDIA = re.compile(r"(Image|Video|Audio)\(|\.(png|jpe?g|webp|bmp|gif|mp4|mov|avi|mkv|wav|mp3)\W*$")
+UNUSED = """is not used: pictures belong into "images" (--columns images=NAME), as do the frames of
+a video (monkeyjump.py itself takes video models); audio is not taken"""
 
 
 @dataclass
-class Options:
-    model: str | None = None  # hub id, folder or .gguf file
-    dataset: str | None = None  # hub id, folder, .jsonl, .csv or .parquet file
-    train_split: str = "train"  # train[:1000] will do
-    eval_split: str | None = None  # None: a share of the other is held back
-    held_back: float = 0.05
-    prompt_column: str = "prompt"
-    answer_column: str = "answer"
-    load_in_4bit: bool = False  # needs bitsandbytes
-    adapter_path: str | None = None  # to start from; its routing replaces the flags
-    kmeans_samples: int = 4000  # representations for k-means; 0: none
-    target_rank: float | None = None  # adalora prunes to this mean
-    generate: str | None = None  # answer this prompt and stop
+class Options(trl.SFTConfig, trl.ScriptArguments, trl.ModelConfig, trl.DatasetMixtureConfig):
+    """What TRL's trainer and scripts take, and what this one adds."""
+
+    model_name_or_path: str | None = HfArg(default=None, aliases="--model", help="or a .gguf file")
+    dataset_name: str | None = HfArg(default=None, aliases="--dataset", help="none: demonstration")
+    columns: list[str] | None = HfArg(default=None, help="your names: prompt=question task=kind")
+    adapter_path: str | None = HfArg(default=None, help="a saved adapter to start from")
+    target_rank: float | None = HfArg(default=None, help="adalora prunes to this mean rank")
+
+
+def read_flags(argv, *presets):
+    """Options and those of routing: from flags, else --config, else the last preset with it."""
+    kinds = (Options, mj.MonkeyJumpConfig)
+    text = {"prog": "train_example.py", "usage": argparse.SUPPRESS, "description": __doc__}
+    parser = trl.TrlParser(kinds, **text)
+    for preset in presets:
+        parser.set_defaults(**vars(parser.parse_args(preset.split())))
+    return parser.parse_args_and_config(argv)
 
 
 def parse(argv):
-    """Our options, the Trainer's arguments, and the keywords of apply_monkeyjump."""
-    flags = (inspect.getsource(kind).partition("    def")[0] for kind in (Options, mj.MonkeyJumpConfig))
-    notes = f"{__doc__}Recommended, feed-forward routed: {RECOMMENDED}\n\n" + "\n".join(flags)
-    text = {"description": notes, "usage": "%(prog)s [flags]", "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = transformers.HfArgumentParser((Options, SFTConfig), **text)
-    parser.error = stop
-    parser.set_defaults(**DEFAULTS)
-    special = {"blocks": {"type": json.loads}, "linears": {"nargs": "+"}, "shared_expert": {"nargs": "+"}}
-    for name, keyword in inspect.signature(mj.apply_monkeyjump).parameters.items():
-        if keyword.kind is keyword.KEYWORD_ONLY:
-            kind = special.get(name, {"type": int if keyword.default is None else type(keyword.default)})
-            parser.add_argument(f"--{name}", default=keyword.default, **kind)
-    options, training, routing = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return options, training, vars(routing)
+    """Options, those of routing and, if these leave the form open, those with the recommended."""
+    presets = [DEFAULTS]
+    options, routing = read_flags(argv, *presets)
+    if options.process_index > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks
+    if not (options.model_name_or_path or options.dataset_name or options.datasets):
+        presets.append(DEMONSTRATION)
+        options, routing = read_flags(argv, *presets)
+        with options.main_process_first(local=False):
+            if options.process_index == 0:
+                demonstration()
+    check(options)
+    transformers.set_seed(options.seed)
+    if routing.blocks or routing.linears or routing.shared_expert:
+        return options, routing, None
+    _, recommended = read_flags(argv, *presets, RECOMMENDED)
+    return options, routing, recommended
 
 
-def stop(error):
-    print("train_example.py: error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+def check(options):
+    """ValueError for a run that cannot go well; "last" becomes that checkpoint."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != options.world_size or options.n_gpu > 1:
+        raise ValueError("one process a device, by torchrun or accelerate; on CPUs --use_cpu")
+    if options.streaming or options.dataset_streaming:
+        raise ValueError("rows are checked before training: streams are not taken")
+    for name, default in vars(trl.ModelConfig()).items():
+        if re.match("lora_|use_(peft|dora|rslora)", name) and getattr(options, name) != default:
+            raise ValueError(f"--{name} is PEFT's: see --rank, --alpha, --linears")
+    output = Path(options.output_dir)
+    if options.resume_from_checkpoint in ("true", "True", "last"):
+        options.resume_from_checkpoint = last_checkpoint(output)
+    elif not options.resume_from_checkpoint and str(output) not in DEMONSTRATION:
+        if any(output.glob("**/monkeyjump.safetensors")):
+            raise ValueError(f"--output_dir {output} holds another run's adapter")
 
 
-def load_rows(options, split):
-    """A split as TRL takes it: a "prompt", the "completion", which alone is trained on, and "images"."""
-    prompt, answer, path = options.prompt_column, options.answer_column, Path(options.dataset or "")
-    folder, file = (path.absolute().parent, path.name) if path.is_file() else (path, None)
-    if options.generate:
-        rows = datasets.Dataset.from_list([{prompt: options.generate, answer: ""}])
-    elif file and not path.stat().st_size:
-        raise ValueError(f"{path}: no rows")
+def last_checkpoint(output):
+    """The newest checkpoint that no kill cut short."""
+    states = output.glob("checkpoint-*/trainer_state.json")  # a checkpoint's last file
+    whole = [path for path in states if path.read_text().endswith("\n}\n")]
+    if not whole:
+        raise ValueError(f"no complete checkpoint in {output}")
+    return str(max(whole, key=os.path.getmtime).parent)
+
+
+def existing(name, flag):
+    """A path, or a hub's name as one; ValueError for a path that leads nowhere."""
+    if name is None:
+        raise ValueError(f"{flag} is needed")
+    is_file = re.search(r"\.(jsonl?|csv|parquet|gguf)$", name)
+    if not Path(name).exists() and (is_file or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
+        raise ValueError(f"{flag} {name}: no such file or folder")
+    return Path(name)
+
+
+def source_of(options):
+    """The base model's folder or hub name, and the file in it if that is a GGUF."""
+    path = existing(options.model_name_or_path, "--model")
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(path), {}
+
+
+def load_processor(options):
+    """The tokenizer, or the processor of a model that sees."""
+    name, settings = source_of(options)
+    settings["trust_remote_code"] = options.trust_remote_code
+    processor = transformers.AutoProcessor.from_pretrained(name, **settings)
+    if not isinstance(processor, ProcessorMixin):
+        processor.chat_template = processor.chat_template or TEMPLATE
+    return processor
+
+
+def turns_of(row):
+    """A row's conversation; ValueError for what cannot be trained on, or would not be used."""
+    turns = row.get("messages")
+    if turns is None:
+        turns = []
+        for role, name in (("user", "prompt"), ("assistant", "completion")):
+            text = row.get(name)
+            if not isinstance(text, list):  # a table's answer may be a number
+                text = [{"role": role, "content": None if text is None else str(text)}]
+            turns += text
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError("the last turn is not the assistant's")
+    for turn in turns:
+        content = turn.get("content")
+        if not content and not turn.get("tool_calls"):
+            raise ValueError(f"the {turn['role']}'s text is missing, null or empty")
+        if isinstance(content, list):
+            check_parts(content)
+    return turns
+
+
+def check_parts(parts):
+    """ValueError for what a message holds beside text and marks of pictures, {"type": "image"}."""
+    for part in parts:
+        if part["type"] not in ("text", "image") or part.keys() - {"type", "text"}:
+            raise ValueError(f"the {part['type']} in a message {UNUSED}")
+
+
+def pictures_of(row, folder):
+    """A row's pictures, closed; paths lead from the folder."""
+    pictures = []
+    for picture in row.get("images") or [row.get("image")]:
+        if picture:
+            path = os.path.join(folder, picture["path"] or "")
+            pictures.append({"path": path, "bytes": picture["bytes"]})
+    return pictures
+
+
+def convert(row, number, path, folder, processor):
+    """A row as TRL takes it; ValueError with its number for one that cannot be trained on."""
+    try:
+        turns = turns_of(row)
+        pictures = pictures_of(row, folder)
+        for name in row.keys() - USED:
+            if MEDIA.search(str(row[name])):
+                raise ValueError(f"the column {name!r} {UNUSED}")
+        shown = turns
+        if isinstance(processor, ProcessorMixin):
+            shown = prepare_multimodal_messages(turns, list(map(Image().decode_example, pictures)))
+        elif pictures:
+            raise ValueError("it holds pictures, but the model reads text alone")
+        text = processor.apply_chat_template(shown, tools=row.get("tools"), tokenize=False)
+    except Exception as error:  # Pillow's and the template's are of many kinds
+        raise ValueError(f"{path}, row {number}: {error}") from None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    found = {"prompt": turns[:-1], "completion": turns[-1:], "images": pictures}
+    return {**found, "task": str(row.get("task") or "all"), "tokens": tokens}
+
+
+def read_rows(config, options, processor):
+    """The rows of one data set, as TRL takes them."""
+    path = folder = existing(config.path, "--dataset").absolute()
+    if path.is_file():  # load_dataset takes its folder
+        folder = path.parent
+        config.path = str(folder)
+        config.data_files = path.name
+        if not path.stat().st_size:
+            raise ValueError(f"{path}: no rows")
+    rows = trl.get_dataset(trl.DatasetMixtureConfig([config]))["train"]
+    for pair in options.columns or []:
+        ours, theirs = pair.split("=")
+        rows = rows.rename_column(theirs, ours)
+    kinds = {"image": Image(decode=False), "images": Sequence(Image(decode=False))}
+    kinds["task"] = Value("string")
+    for name, feature in rows.features.items():
+        if name in kinds:
+            rows = rows.cast_column(name, kinds[name])
+        elif name not in USED and MEDIA.search(str(feature)):
+            raise ValueError(f"{path}: the column {name!r} {UNUSED}")
+    settings = {"path": str(path), "folder": str(folder), "processor": processor}
+    once = {"remove_columns": rows.column_names, "load_from_cache_file": False}
+    rows = rows.map(convert, with_indices=True, fn_kwargs=settings, **once)
+    return rows.cast_column("images", Sequence(Image()))
+
+
+def load_rows(options, processor, split=None):
+    """The rows of all data sets, without those over the limit."""
+    one = {"path": options.dataset_name, "name": options.dataset_config}
+    one["split"] = options.dataset_train_split
+    parts = []
+    for config in trl.DatasetMixtureConfig(options.datasets or [one]).datasets:
+        config.split = split or config.split
+        parts.append(read_rows(config, options, processor))
+    rows = concatenate_datasets(parts)
+    kept = rows.filter(lambda tokens: tokens <= options.max_length, input_columns="tokens")
+    print(f"{len(rows) - len(kept)} of {len(rows)} rows are left out, longer than --max_length")
+    if not isinstance(processor, ProcessorMixin):
+        kept = kept.remove_columns("images")
+    return kept
+
+
+def load_data(options, processor):
+    """Rows to train on and, by task, rows to test on."""
+    rows = load_rows(options, processor)
+    if options.dataset_test_split == "held_back":
+        rows, test = rows.train_test_split(options.test_split_size, seed=options.seed).values()
     else:
-        rows = datasets.load_dataset(folder.as_posix(), data_files=file, split=split)
-    columns = set(rows.column_names)
-    if not (columns >= {"messages"} or columns >= {prompt, answer}):
-        raise ValueError(f"{path}: no {prompt!r} and {answer!r} among {sorted(columns)}: see --prompt_column")
-
-    def convert(row):
-        pair = [{"role": "user", "content": row.get(prompt)}, {"role": "assistant", "content": row.get(answer)}]
-        *turns, last = row.get("messages") or pair
-        return {"prompt": turns, "completion": [last]}
-
-    def locate(row):
-        return {"images": [str(folder / image) for image in row.get("images") or [row.get("image")] if image]}
-
-    for column in columns & {prompt, answer}:
-        rows = rows.cast_column(column, datasets.Value("string"))  # a table's answers may be numbers
-    rows = rows.map(convert, remove_columns=list(columns - {"image", "images"}))
-    kind = rows.features.get("images") or rows.features.get("image")
-    if kind in (datasets.Value("string"), datasets.Sequence(datasets.Value("string"))):
-        rows = rows.map(locate, remove_columns=list(columns & {"image"}))
-        rows = rows.cast_column("images", datasets.Sequence(datasets.Image()))
-    return rows
+        test = load_rows(options, processor, options.dataset_test_split)
+    by_task = {}
+    for task in sorted(set(test["task"])):
+        by_task[task] = test.filter(task.__eq__, input_columns="task")
+    if not options.packing:
+        options.max_length = None  # TRL would cut answers off, and pictures
+    return rows, by_task
 
 
-def load(options, training, routing):
-    """What the Trainer needs: an adapted model, its tokenizer or processor, and rows."""
-    if not (options.model and (options.dataset or options.generate)):
-        raise ValueError("--model and --dataset are needed")
-    output, resume = Path(training.output_dir), training.resume_from_checkpoint
-    if resume == "last":  # a killed save lacks the state, written last
-        states = [path for path in output.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
-        if not states:
-            raise ValueError(f"no complete checkpoint in {output}")
-        resume = training.resume_from_checkpoint = str(max(states, key=lambda path: path.stat().st_mtime).parent)
-    elif not (resume or options.generate) and any(output.glob("**/adapter_model.safetensors")):
-        raise ValueError(f"--output_dir {output} holds another run's adapter")
-    name, source = options.model, {}
-    if name.endswith(".gguf"):
-        name, source = str(Path(name).parent), {"gguf_file": Path(name).name}
-    processor = transformers.AutoProcessor.from_pretrained(name, **source)
-    sees = isinstance(processor, transformers.ProcessorMixin)
-    if not (sees or processor.chat_template):
-        processor.chat_template = TEMPLATE
-    train_rows = load_rows(options, options.train_split)  # before the weights
-    if options.eval_split or options.generate:
-        eval_rows = load_rows(options, options.eval_split)
-    else:
-        train_rows, eval_rows = train_rows.train_test_split(options.held_back, seed=training.seed).values()
-    dtype = "bfloat16" if training.bf16 else "float32"
-    quantization = get_quantization_config(ModelConfig(dtype=dtype, load_in_4bit=options.load_in_4bit))
-    if source and hasattr(transformers, "GgufConfig"):  # newer ones would keep weights packed
+def load_model(options, processor):
+    """The base model."""
+    name, settings = source_of(options)
+    quantization = trl.get_quantization_config(options)
+    if settings and hasattr(transformers, "GgufConfig"):  # else newer ones keep weights packed
         quantization = transformers.GgufConfig(dequantize=True)
-    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(name, dtype=dtype, quantization_config=quantization, **source)
-    if options.adapter_path:
-        mj.load_adapter(model, options.adapter_path)
-    else:
-        mj.apply_monkeyjump(model, **routing)
-    if options.target_rank:  # refuses what it does not fit
+    settings |= {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
+    settings |= {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
+    settings |= {"quantization_config": quantization, **(options.model_init_kwargs or {})}
+    options.model_init_kwargs = None  # used
+    if isinstance(processor, ProcessorMixin):
+        return AutoModelForImageTextToText.from_pretrained(name, **settings)
+    return AutoModelForCausalLM.from_pretrained(name, **settings)
+
+
+def adapt(model, options, routing, recommended):
+    """Give the model its adapters: in the form of the flags, or as they were saved."""
+    saved = options.resume_from_checkpoint or options.adapter_path
+    form = "saved"
+    if not saved or routing != mj.MonkeyJumpConfig():
+        form = "given"
+        leaves = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+        if recommended and leaves.issuperset(recommended.linears + recommended.shared_expert):
+            routing = recommended
+            form = "recommended"
+        mj.apply_monkeyjump(model, routing)
+    if saved:  # refused if the flags ask for another form
+        mj.load_adapter(model, saved)
+    if options.target_rank:  # refused if it does not fit
         mj.allocate_ranks(model, 1, 100, target_rank=options.target_rank)
-    if resume:  # refuses another adapter's; the Trainer would load a part of it
-        mj.load_adapter(model, resume)
-    model._hf_peft_config_loaded = options.load_in_4bit  # the Trainer asks if anything is trained
-    return {"model": model, "processing_class": processor, "train_dataset": train_rows, "eval_dataset": eval_rows}
+    print(f"The {form} form, {model.monkeyjump_wiring.config}", end=": ")
+    mj.print_trainable_parameters(model)
+    return model
 
 
-class MonkeyJumpTrainer(SFTTrainer):
-    """Its checkpoints hold what Monkey Jump added, its logs how tokens are routed."""
+class MonkeyJumpTrainer(trl.SFTTrainer):
+    """Its checkpoints are adapters, written and read by save_adapter and load_adapter alone."""
+
+    def __init__(self, model, **kwargs):
+        """Works around what transformers, TRL and accelerate do to adapters unknown to them."""
+        model._hf_peft_config_loaded = getattr(model, "is_quantized", False)  # else it refuses
+        super().__init__(model, **kwargs)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # over 4 bits TRL makes them bfloat16
+        transformers.trainer.save_fsdp_model = lambda *args, **kwargs: None  # the whole base model
 
     def save_model(self, output_dir=None, _internal_call=False):
+        """The adapter, and the tokenizer or processor."""
         directory = output_dir or self.args.output_dir
         mj.save_adapter(self.model, directory)
-        if self.args.should_save and not self.is_fsdp_enabled:  # it writes its own
-            tensors = {name: tensor for name, tensor in self.model.state_dict().items() if "monkeyjump" in name}
-            save_file(tensors, Path(directory, "model.safetensors"))  # what the Trainer resumes from
+        if self.args.should_save:
+            self.processing_class.save_pretrained(directory)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
 
-    def _issue_warnings_after_load(self, load_result):
-        """That a checkpoint lacks the base model is no accident."""
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """To resume, once the model is wrapped."""
+        mj.load_adapter(self.model, resume_from_checkpoint)
 
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            blocks = mj.router_statistics(self.model).values()
-            logs["router_largest_share"] = max(float(max(block["share"])) for block in blocks)
-        super().log(logs, *args, **kwargs)
+    def _load_best_model(self):
+        """For --load_best_model_at_end."""
+        mj.load_adapter(self.model, self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs):
+        """How to load the adapter."""
+        if self.is_world_process_zero():
+            name, settings = source_of(self.args)
+            file = "".join(f", {key}={value!r}" for key, value in settings.items())
+            about = {"kind": type(self.model).__name__, "directory": self.args.output_dir}
+            about["config"] = self.model.monkeyjump_wiring.config
+            card = CARD.format(name=name, file=file, **about)
+            Path(self.args.output_dir, "README.md").write_text(card)
 
 
-@dataclass
 class RankSchedule(transformers.TrainerCallback):
-    """AdaLoRA's: all ranks for a tenth of the steps, then fewer, settled for the last three tenths."""
-
-    target_rank: float
+    """AdaLoRA's: all ranks for a tenth of the steps, then fewer, settled for the last three."""
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        step, steps, goal = state.global_step + 1, state.max_steps, self.target_rank
-        first, last = steps // 10, 3 * steps // 10
-        mj.allocate_ranks(model, step, steps, target_rank=goal, initial_steps=first, final_steps=last)
+        """Prune, between the optimizer's step and zero_grad."""
+        last = state.max_steps
+        steps = {"initial_steps": last // 10, "final_steps": 3 * last // 10}
+        step = state.global_step + 1
+        mj.allocate_ranks(model, step, last, target_rank=args.target_rank, **steps)
 
 
-@torch.no_grad()
-def reply(trainer, row):
-    """A row's prompt, what the model answers, and the right answer."""
-    batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator([row]).items()}
-    labels = batch.pop("labels")
-    end = (labels[0] != -100).nonzero()[0]
-    prompt = {name: value[:, :end] if value.shape == labels.shape else value for name, value in batch.items()}
-    tokens = trainer.model.eval().generate(**prompt, max_new_tokens=256, do_sample=False)
-    texts = prompt["input_ids"][0], tokens[0, end:], labels[0, end:]
-    return [trainer.processing_class.decode(text, skip_special_tokens=True).strip() for text in texts]
+def answer(trainer, row):
+    """What the model says to a row's prompt."""
+    processor = trainer.processing_class
+    prompt = row["prompt"]
+    if isinstance(processor, ProcessorMixin):
+        prompt = prepare_multimodal_messages(prompt, row["images"])
+    form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(prompt, add_generation_prompt=True, **form)
+    inputs = inputs.to(trainer.model.device)
+    with trainer.compute_loss_context_manager():
+        tokens = trainer.model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def report(trainer, test):
+    """By task: loss and accuracy before and after, an answer, and which experts serve it."""
+    shares = {}
+    for task, rows in test.items():
+        with mj.record_routing(trainer.model) as counts:
+            trainer.evaluate(task, metric_key_prefix=f"eval_{task}")
+        for block, count in counts.items():
+            count = trainer.accelerator.reduce(count.to(trainer.args.device))
+            shares.setdefault(block, []).append(count / count.sum())
+        logs = [log for log in trainer.state.log_history if f"eval_{task}_loss" in log]
+        line = f"{task}:"
+        for label, name in (("loss", f"{task}_loss"), ("token accuracy", "mean_token_accuracy")):
+            line += f" {label} {logs[0]['eval_' + name]:.4f} -> {logs[-1]['eval_' + name]:.4f},"
+        question = rows[0]["prompt"][-1]["content"]
+        right = rows[0]["completion"][0]["content"]
+        print(f"{line} {question!r} -> {answer(trainer, rows[0])!r}, right is {right!r}")
+    apart = {block: torch.stack(rows).var(0, correction=0).max() for block, rows in shares.items()}
+    for block in sorted(apart, key=apart.get)[-2:]:  # where tasks differ most
+        print(f"{block:20}", *trainer.model.get_submodule(block).monkeyjump.experts)
+        for task, row in zip(test, shares[block], strict=True):
+            print(f"{task:>20}", *(f"{share:.0%}" for share in row))
 
 
 def demonstration():
-    """A small Llama that knows some tasks on words, and rows of others: the flags to teach it those."""
-    known = {"copy": lambda w: w, "reverse": lambda w: w[::-1], "last": lambda w: w[-1], "tail": lambda w: w[1:]}
-    new = {"first": lambda w: w[0], "head": lambda w: w[:-1], "double": lambda w: w + w}
-    folder = tempfile.mkdtemp(prefix="monkeyjump-")
-
-    def write(name, tasks):
-        with open(f"{folder}/{name}.jsonl", "w") as file:
-            for task in 4 * STEPS * list(tasks):
-                word = "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=4))
-                file.write(json.dumps({"prompt": f"{task} {word}:", "answer": tasks[task](word)}) + "\n")
-        return f"--dataset {file.name} --output_dir {folder}/{name}"
-
+    """A small Llama of random weights, and rows of three tasks on words for it to learn."""
+    print(GREETING, DEMONSTRATION)
     transformers.set_seed(0)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0, chat_template=TEMPLATE)  # a token a byte
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, **shape)
-    flags = f"--max_steps {STEPS} --per_device_train_batch_size 64 --gradient_checkpointing no --logging_steps 100"
-    options, training, _ = parse(f"{write('base', known)} {flags} --learning_rate 5e-3 --eval_on_start no".split())
-    model = transformers.LlamaForCausalLM(config)
-    trainer = SFTTrainer(model, training, train_dataset=load_rows(options, "train"), processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model()
-    flags = f"{write('new', new)} {flags} --learning_rate 2e-2 --model {folder}/base {RECOMMENDED}"
-    print("It knows", *known, "and learns", *new, "by: python train_example.py", flags)
-    return flags.split()
+    tokenizer.save_pretrained("demonstration/model")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "initializer_range": 0.1, "vocab_size": len(tokenizer)}
+    config = transformers.LlamaConfig(**shape)
+    transformers.LlamaForCausalLM(config).save_pretrained("demonstration/model")
+    rows = []
+    for word in map("".join, itertools.permutations("abcdefgh", 4)):
+        for task, part in (("first", word[0]), ("head", word[:3]), ("odd", word[::2])):
+            rows.append({"task": task, "prompt": f"{task} {word}:", "completion": part})
+    Dataset.from_list(rows).to_json("demonstration/rows.jsonl")
 
 
 def main(argv=None):
-    argv = argv or sys.argv[1:] or demonstration()
+    """Parse, load, adapt, train, save; what is wrong before training is said in one line."""
     try:
-        options, training, routing = parse(argv)
-        transformers.set_seed(training.seed)
-        parts = load(options, training, routing)
-    except (ImportError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        stop(f"{error} {error.__cause__ or ''}")
-    trainer = MonkeyJumpTrainer(args=training, **parts)
+        options, routing, recommended = parse(argv)
+        processor = load_processor(options)
+        rows, test = load_data(options, processor)
+        model = adapt(load_model(options, processor), options, routing, recommended)
+        data = {"processing_class": processor, "train_dataset": rows, "eval_dataset": test}
+        trainer = MonkeyJumpTrainer(model, args=options, **data)
+    except Exception as error:
+        words = f"train_example.py: error: {error} {error.__cause__ or ''}".split()
+        sys.exit(" ".join(words))
     if options.target_rank:
-        trainer.add_callback(RankSchedule(options.target_rank))
-    if options.generate:
-        print(reply(trainer, trainer.eval_dataset[0])[1])
-        return
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes them bfloat16 over 4 bits
-            parameter.data = parameter.data.float()
-    if options.kmeans_samples and not (options.adapter_path or training.resume_from_checkpoint):
-        mj.init_router_centers(trainer, subset_size=options.kmeans_samples, seed=training.seed)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    mj.save_adapter(trainer.model, training.output_dir)
-    trainer.evaluate()
+        trainer.add_callback(RankSchedule)
+    if not (options.adapter_path or options.resume_from_checkpoint):
+        mj.init_router_centers(trainer, seed=options.seed)
+    trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.create_model_card()
+    report(trainer, test)
     trainer.accelerator.end_training()
-    if not trainer.is_world_process_zero():
-        return
-    for block, seen in mj.router_statistics(trainer.model).items():
-        print(block, *(f"{name} {share:.0%}" for name, share in zip(seen["experts"], seen["share"], strict=True)))
-    for metric in ("eval_loss", "eval_mean_token_accuracy"):  # of each evaluation
-        print(f"{metric}:", *(f"{entry[metric]:.4f}" for entry in trainer.state.log_history if metric in entry))
-    if not trainer.is_fsdp_enabled:  # the model stays sharded
-        mj.load_adapter(mj.remove_monkeyjump(trainer.model), training.output_dir)
-        for row, _ in zip(trainer.eval_dataset, range(4), strict=False):
-            prompt, given, right = reply(trainer, row)
-            print(f"{prompt[-60:]!r} -> {given!r}, right is {right!r}")
-    print(training.output_dir)
 
 
 if __name__ == "__main__":
