@@ -53,6 +53,7 @@ processor = AutoProcessor.from_pretrained({directory!r})
 
 Trained by TRL's SFTTrainer with {config}
 """
+HUB_NAME = re.compile(r"(?!.*\.(jsonl?|csv|parquet|gguf)$)\w[\w.-]*(/[\w.-]+)?")  # not a path
 USED = {"messages", "prompt", "completion", "image", "images", "task", "tools"}
 MEDIA = re.compile(r"(Image|Video|Audio)\(|\.(png|jpe?g|webp|bmp|gif|mp4|mov|avi|mkv|wav|mp3)\W*$")
 UNUSED = """is not used: pictures belong into "images" (--columns images=NAME), as do the frames of
@@ -130,8 +131,7 @@ def existing(name, flag):
     """A path, or a hub's name as one; ValueError for a path that leads nowhere."""
     if name is None:
         raise ValueError(f"{flag} is needed")
-    is_file = re.search(r"\.(jsonl?|csv|parquet|gguf)$", name)
-    if not Path(name).exists() and (is_file or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)):
+    if not (Path(name).exists() or HUB_NAME.fullmatch(name)):
         raise ValueError(f"{flag} {name}: no such file or folder")
     return Path(name)
 
@@ -182,25 +182,17 @@ def check_parts(parts):
             raise ValueError(f"the {part['type']} in a message {UNUSED}")
 
 
-def pictures_of(row, folder):
-    """A row's pictures, closed; paths lead from the folder."""
-    pictures = []
-    for picture in row.get("images") or [row.get("image")]:
-        if picture:
-            path = os.path.join(folder, picture["path"] or "")
-            pictures.append({"path": path, "bytes": picture["bytes"]})
-    return pictures
-
-
 def convert(row, number, path, folder, processor):
     """A row as TRL takes it; ValueError with its number for one that cannot be trained on."""
     try:
-        turns = turns_of(row)
-        pictures = pictures_of(row, folder)
+        shown = turns = turns_of(row)
         for name in row.keys() - USED:
             if MEDIA.search(str(row[name])):
                 raise ValueError(f"the column {name!r} {UNUSED}")
-        shown = turns
+        pictures = list(filter(None, row.get("images") or [row.get("image")]))
+        for picture in pictures:
+            if not picture["bytes"]:  # its path leads from the folder
+                picture["path"] = os.path.join(folder, picture["path"])
         if isinstance(processor, ProcessorMixin):
             shown = prepare_multimodal_messages(turns, list(map(Image().decode_example, pictures)))
         elif pictures:
@@ -246,7 +238,8 @@ def load_rows(options, processor, split=None):
     one["split"] = options.dataset_train_split
     parts = []
     for config in trl.DatasetMixtureConfig(options.datasets or [one]).datasets:
-        config.split = split or config.split
+        if split:
+            config.split = split
         parts.append(read_rows(config, options, processor))
     rows = concatenate_datasets(parts)
     kept = rows.filter(lambda tokens: tokens <= options.max_length, input_columns="tokens")
@@ -402,7 +395,8 @@ def demonstration():
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0, chat_template=TEMPLATE)  # a token a byte
     tokenizer.save_pretrained("demonstration/model")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "initializer_range": 0.1, "vocab_size": len(tokenizer)}
+    shape |= {"num_attention_heads": 4, "initializer_range": 0.1}
+    shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     config = transformers.LlamaConfig(**shape)
     transformers.LlamaForCausalLM(config).save_pretrained("demonstration/model")
     rows = []
