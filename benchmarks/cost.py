@@ -34,6 +34,7 @@ import collections
 import copy
 import functools
 import gc
+import importlib.metadata
 import inspect
 import json
 import resource
@@ -54,7 +55,9 @@ from transformers.cache_utils import DynamicCache
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # monkeyjump.py lies beside this folder
 from monkeyjump import apply_monkeyjump, init_router_centers, update_router_centers  # noqa: E402
 
-RANK, ALPHA, EXPERTS = 2, 16.0, 4
+RANK = 2
+ALPHA = 16.0
+EXPERTS = 4
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 VARIANTS = ["lora", "lorafa", "adalora", "propulsion"]
@@ -243,12 +246,14 @@ def kept_bytes(model: nn.Module, batch: dict) -> int:
     kept = {}  # the storages themselves, so that none is freed and its address counted twice
 
     def pack(tensor: Tensor) -> Tensor:
+        """Note what is kept."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in persistent:
             kept[storage.data_ptr()] = storage
         return tensor
 
     def unpack(tensor: Tensor) -> Tensor:
+        """Give it back."""
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -294,7 +299,8 @@ class Decoder:
     """Decodes token after token, greedily, with a cache that grows."""
 
     def __init__(self, model: nn.Module, run: Callable, cache, name: str, prompt: Tensor):
-        self.run, self.cache = run, {name: cache, "use_cache": True}
+        self.run = run
+        self.cache = {name: cache, "use_cache": True}
         self.mask = torch.ones_like(prompt)
         output = model(prompt, attention_mask=self.mask, logits_to_keep=1, **self.cache)
         self.token = output.logits[:, -1:].argmax(-1)  # [B, 1]
@@ -322,6 +328,7 @@ def take_turns(tasks: dict[str, Callable[[], None]], rounds: int, device: str = 
     """Milliseconds of every task, one after the other in each round: noise falls on all alike."""
 
     def wait() -> None:
+        """Until the card is done."""
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -419,10 +426,13 @@ def add_counts(rows: dict[str, dict], systems: dict[str, System], batch: dict) -
 @torch.no_grad()
 def inference_table(args: argparse.Namespace) -> list[dict]:
     """Prefill of a prompt, then decoding with its cache, against the base model, in bf16."""
-    config, tokens = small_config(), 16
+    config = small_config()
+    tokens = 16
     prompt = random_batch(config, 2, 128)["input_ids"]
     base = base_model(config, torch.bfloat16)
-    prefill, decode, rows = {}, {}, {}
+    prefill = {}
+    decode = {}
+    rows = {}
     for name in ("base", *args.systems):
         if name == "floor":
             continue
@@ -495,7 +505,8 @@ def kmeans_table(sizes: tuple[int, ...] = (1000, 4000, 16000)) -> list[dict]:
     batch = random_batch(config, 8, 256)
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     init_router_centers(model, [inputs], subset_size=EXPERTS)
-    before, rows = peak_mib(), []
+    before = peak_mib()
+    rows = []
     for size in sizes:
         start = time.process_time()
         init_router_centers(model, [inputs] * 8, subset_size=size)
@@ -509,7 +520,8 @@ def kmeans_table(sizes: tuple[int, ...] = (1000, 4000, 16000)) -> list[dict]:
 
 def versions() -> str:
     """What a figure depends on, besides the machine."""
-    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+    names = ("torch", "transformers", "peft")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,7 +16,8 @@ from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).resolve().parent
 COLORS = ["#4477aa", "#ee6677", "#228833", "#ccbb44"]
-OURS, OTHERS = COLORS[0], "#888888"
+OURS = COLORS[0]
+OTHERS = "#888888"
 USUAL = {"tokens": 512, "experts": 4, "blocks": 8}  # cost.py's setting, from which one changes
 matplotlib.use("Agg")
 plt.rcParams |= {"font.size": 9, "savefig.dpi": 110, "figure.constrained_layout.use": True}
@@ -24,21 +25,27 @@ plt.rcParams |= {"font.size": 9, "savefig.dpi": 110, "figure.constrained_layout.
 
 def draw_cost(cost: dict, path: Path) -> None:
     """A training step over PEFT LoRA's and over the floor's as work grows; k-means' cost."""
-    figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.9))
-    for axis, column in zip(axes, ("tokens", "experts", "blocks"), strict=False):
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9))
+    for axis, column in zip(axes, USUAL, strict=False):
         draw_growth(axis, cost["grow"], column)
     axes[0].set_ylabel("our step's time over")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    rows = cost["k-means"]
-    sizes = [row["representations"] for row in rows]
-    axes[3].plot(sizes, [row["seconds"] for row in rows], "ko-", label="seconds")
-    twin = axes[3].twinx()
-    twin.plot(sizes, [row["MiB"] for row in rows], "k^--", label="MiB")
-    axes[3].set(xscale="log", yscale="log", title="k-means by representations", ylabel="s (line)")
-    twin.set(yscale="log", ylabel="MiB (dashes)")
+    draw_kmeans(axes[3], cost["k-means"])
     figure.suptitle(cost["setting"], fontsize=8)
     figure.savefig(path)
+
+
+def draw_kmeans(axis, rows: list[dict]) -> None:
+    """init_router_centers by how many representations a block it takes."""
+    sizes = [row["representations"] for row in rows]
+    axis.plot(sizes, [row["seconds"] for row in rows], "ko-")
+    axis.set(xscale="log", title="k-means", ylabel="seconds (line)", ylim=(0, None))
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.set_xticks([], minor=True)
+    memory = axis.twinx()
+    memory.plot(sizes, [row["MiB"] for row in rows], "k^--")
+    memory.set(ylabel="MiB (dashes)", ylim=(0, None))
 
 
 def draw_growth(axis, rows: list[dict], column: str) -> None:
@@ -55,7 +62,7 @@ def draw_growth(axis, rows: list[dict], column: str) -> None:
             y = [row[f"{dtype} / {other}"] for row in shown]
             axis.plot(x, y, line, color=color, label=f"{other}'s, {dtype}")
     axis.axhline(1.0, color="gray", linewidth=0.8)
-    axis.set(xscale="log", title=f"by {column}", ylim=(0.85, 1.35))
+    axis.set(xscale="log", title=f"by {column}", ylim=(0.8, 1.45))
     axis.set_xticks(x, map(str, x))
     axis.set_xticks([], minor=True)
 
@@ -73,7 +80,8 @@ def draw_quality(headline: list[dict], others: list[dict], path: Path) -> None:
 
 def draw_differences(axis, results: list[dict], title: str) -> None:
     """A row for each method that has at least two seeds in common with LoRA."""
-    runs, labels = quality.group(results), []
+    runs = quality.group(results)
+    labels = []
     names = {method: name for name, method in quality.METHODS.items()}
     for (method, rate), by_seed in runs.items():
         pairs = quality.paired(by_seed, quality.plain_lora(runs, method, rate), "nll")
@@ -81,7 +89,8 @@ def draw_differences(axis, results: list[dict], title: str) -> None:
             continue
         color = OURS if method.startswith("mj ") else OTHERS
         error = quality.standard_error(pairs)
-        mean, y = statistics.mean(pairs), -len(labels)
+        mean = statistics.mean(pairs)
+        y = -len(labels)
         axis.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=3)
         size = next(iter(by_seed.values()))["parameters"]
         name = f"{names[method]}, rate {rate:g}"

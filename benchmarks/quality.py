@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -46,8 +47,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # monkeyjump.py lies 
 import monkeyjump as mj  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
-STEPS, BATCH, RATE = 720, 8, 3e-3
-MAX_TOKENS, TEST_ROWS = 60, 100  # of a prompt; of a task
+STEPS = 720
+BATCH = 8
+RATE = 3e-3
+MAX_TOKENS = 60  # of a prompt
+TEST_ROWS = 100  # of a task
 UPPER = 15  # blocks that carry adapters
 EXPERTS = 4  # of a mixture, as in cost.py
 
@@ -105,6 +109,11 @@ def by_task(rows: list[dict]) -> dict[str, list[dict]]:
     for row in rows:
         tasks.setdefault(row["task"], []).append(row)
     return tasks
+
+
+def joined(lists: Iterable[list]) -> list:
+    """One list after another."""
+    return list(itertools.chain.from_iterable(lists))
 
 
 def length(row: dict) -> int:
@@ -212,7 +221,8 @@ class Pass:
     """What the routers and adapters of all seeds share while the model runs."""
 
     def __init__(self, seeds: list[int], device) -> None:
-        self.seeds, self.device = seeds, device
+        self.seeds = seeds
+        self.device = device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.real: Tensor | None = None  # [S * B, T], set by SeededModel.logits
         self.gates: Tensor | None = None  # of the running block [S, B, N, E]; N = T, or 1
@@ -243,7 +253,9 @@ class SeedLoRA(nn.Module):
 
     def __init__(self, base: nn.Linear, run: Pass, config, expert: int | None):
         super().__init__()
-        self.base, self.run, self.expert = base, run, expert
+        self.base = base
+        self.run = run
+        self.expert = expert
         self.scale = config.alpha / config.rank
         self.A = run.uniform(config.rank, base.in_features)
         self.B = run.zeros(base.out_features, config.rank)
@@ -263,7 +275,8 @@ class SeedMixture(nn.Module):
 
     def __init__(self, base: nn.Linear, run: Pass, config, downs: int):
         super().__init__()
-        self.base, self.run = base, run
+        self.base = base
+        self.run = run
         self.scale = config.alpha / config.rank
         self.router = run.uniform(EXPERTS, base.in_features)
         self.A = run.normal(downs, config.rank, base.in_features)
@@ -284,7 +297,9 @@ class SeedRouter:
     """One block's centers for each seed, compared and moved by monkeyjump's own functions."""
 
     def __init__(self, width: int, run: Pass, config):
-        self.run, self.config, self.experts = run, config, len(config.linears)
+        self.run = run
+        self.config = config
+        self.experts = len(config.linears)
         shape = len(run.seeds), self.experts, width
         self.centers = mj.unit(torch.randn(shape, device=run.device))  # [S, E, D]
         self.pending = torch.zeros(*shape[:2], width + 1, device=run.device)
@@ -293,12 +308,14 @@ class SeedRouter:
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the block runs: set its gates; in training, gather statistics."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        run, config = self.run, self.config
+        run = self.run
+        config = self.config
         points, real = mj.represent(hidden, config.rep_mode, run.real, None)
         points = run.split(mj.unit(points))  # [S, B, N, D]
         real = run.split(real)  # [S, B, N]
         noise = config.jitter_noise if block.training else 0.0
-        gates, best = [], []
+        gates = []
+        best = []
         for x, centers in zip(points, self.centers, strict=True):
             routed = mj.route(x, centers, config.top_k, config.temperature, noise)
             gates.append(routed[0])
@@ -320,7 +337,7 @@ class SeedRouter:
 class SeededModel:
     """A base model with a method's adapters for several seeds: a seed is a slice of the batch."""
 
-    def __init__(self, method: str, base: nn.Module, seeds: list[int]):
+    def __init__(self, method: str, base: nn.Module, seeds: list[int], steps: int, rate: float):
         self.name, options = parse(method)
         self.config = mj.MonkeyJumpConfig(**options)
         self.run = Pass(seeds, base.device)
@@ -328,7 +345,16 @@ class SeededModel:
         self.routers: list[SeedRouter] = []
         for block in self.model.model.layers:
             self.adapt(block)
+        self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
+        warm = max(1, steps // 20)
+
+        def schedule(step: int) -> float:
+            """Warms up, then falls to zero."""
+            return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
     def adapt(self, block: nn.Module) -> None:
         """Put adapters around a block's projections, and a router before it."""
@@ -365,9 +391,12 @@ class SeededModel:
         """As init_router_centers does, each seed from its own batches and generator."""
         quota = math.ceil(subset_size / min(8, len(batches[0])))  # from one batch
         generators = [torch.Generator().manual_seed(seed) for seed in self.run.seeds]
-        seen = {router: [[] for _ in generators] for router in self.routers}
+        seen = {}
+        for router in self.routers:
+            seen[router] = [[] for _ in generators]
 
         def listen(router: SeedRouter, points: Tensor, best: list, real: Tensor) -> None:
+            """Keep some of each seed's directions."""
             for seed, generator in enumerate(generators):
                 mine = points[seed][real[seed]]  # [n, D]
                 chosen = torch.randperm(len(mine), generator=generator)[:quota]
@@ -376,24 +405,14 @@ class SeededModel:
         self.model.eval()
         self.run.listener = listen
         for rows_by_seed in zip(*batches, strict=True):
-            self.logits(sum(rows_by_seed, []))
+            self.logits(joined(rows_by_seed))
         self.run.listener = None
+        self.model.train()
         for router, by_seed in seen.items():
             for index, (seed, found) in enumerate(zip(self.run.seeds, by_seed, strict=True)):
                 points = torch.cat(found)[:subset_size]
                 generator = torch.Generator().manual_seed(seed)
                 router.centers[index] = mj.kmeans(points, router.experts, 15, generator)
-
-    def prepare(self, steps: int, rate: float) -> None:
-        """Before training: the optimizer, with a warm-up and a linear decay."""
-        warm = max(1, steps // 20)
-
-        def schedule(step: int) -> float:
-            return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-        self.model.train()
 
     def step(self, rows: list[dict]) -> Tensor:
         """One training step on S * B rows; each seed's loss [S]."""
@@ -428,16 +447,20 @@ def evaluate(model: SeededModel, test: list[dict]) -> list[dict]:
     accuracy by task; by task and block, which experts serve its tokens, in thousandths."""
     model.model.eval()
     seeds = model.run.seeds
-    hits, nll, shares = {}, [], {}
+    hits = {}
+    nll = []
+    shares = {}
     counts = {router: torch.zeros(len(seeds), router.experts) for router in model.routers}
 
     def listen(router: SeedRouter, points: Tensor, best: list, real: Tensor) -> None:
+        """Count the tokens that each expert serves."""
         for seed, (b, r) in enumerate(zip(best, real, strict=True)):
             counts[router][seed] += b[r].bincount(minlength=router.experts).cpu()
 
     model.run.listener = listen
     for task, rows in by_task(test).items():
-        rows, found = sorted(rows, key=length), []
+        rows = sorted(rows, key=length)
+        found = []
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
             logits = model.logits(chunk * len(seeds))
@@ -469,20 +492,20 @@ def summary(hits: dict, nll: Tensor, shares: dict, seed: int) -> dict:
 
 def run(method: str, seeds: list[int], rate: float, steps: int, models: tuple, rows: tuple):
     """Train a method from several seeds at once and test it: their lines of the results."""
-    (base, lower), (train, test) = models, rows
+    base, lower = models
+    train, test = rows
     batches = [training_batches(train, steps, BATCH, seed) for seed in seeds]
     drawn = [training_batches(train, 16, BATCH, seed + 1000) for seed in seeds]
     needed = {id(row): row for row in test}
-    for batch in sum(batches + drawn, []):
+    for batch in joined(batches + drawn):
         needed |= {id(row): row for row in batch}
     precompute(lower, list(needed.values()))
-    model = SeededModel(method, base, seeds)
+    model = SeededModel(method, base, seeds, steps, rate)
     if model.routers:
         model.init_centers(drawn)
-    model.prepare(steps, rate)
     losses = []
     for rows_by_seed in zip(*batches, strict=True):
-        losses.append(model.step(sum(rows_by_seed, [])))
+        losses.append(model.step(joined(rows_by_seed)))
     last = torch.stack(losses[-max(1, steps // 6) :]).mean(dim=0)
     count = sum(p.numel() for p in model.trained) // len(seeds)
     settings = {"lr": rate, "steps": steps, "parameters": count}
@@ -553,12 +576,14 @@ def table(results: list[dict]) -> str:
     names = {method: name for name, method in METHODS.items()}
     titles = ["method", "parameters", "seeds", "accuracy", "nll", "accuracy to LoRA", "nll to LoRA"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    runs, title = group(results), ""
+    runs = group(results)
+    title = ""
     for (method, rate), by_seed in runs.items():
         if title != f"on {projections(method)}, rate {rate:g}":
             title = f"on {projections(method)}, rate {rate:g}"
             lines.append(f"| **{title}** {'| ' * (len(titles) - 1)}|")
-        base, values = plain_lora(runs, method, rate), list(by_seed.values())
+        base = plain_lora(runs, method, rate)
+        values = list(by_seed.values())
         cells = [names[method], f"{values[0]['parameters']:,}", str(len(values))]
         cells.append(f"{statistics.mean(line['mean'] for line in values):.1f}")
         cells.append(f"{statistics.mean(line['nll'] for line in values):.3f}")
@@ -611,7 +636,8 @@ def main() -> None:
         test += rows[:TEST_ROWS]
     print(f"{len(train)} training and {len(test)} test rows on {device}", flush=True)
     for name in args.methods:
-        method, done = METHODS[name], set()
+        method = METHODS[name]
+        done = set()
         for line in read_results(args.out):
             if (line["method"], line["lr"], line["steps"]) == (method, args.lr, args.steps):
                 done.add(line["seed"])
