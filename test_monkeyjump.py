@@ -1,5 +1,6 @@
 """Tests of monkeyjump.py, in its order; each promise is checked against a naive computation.
 
+pytest -n 2                       # this file, and the tests in benchmarks/
 pytest -n 2 test_monkeyjump.py
 
 All helpers stand first: models and batches, training, comparing, looking inside, and the slow
@@ -7,9 +8,9 @@ reference, which computes in float64, one token at a time, what the module does 
 """
 
 import ast
-import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import gc
 import inspect
@@ -20,56 +21,66 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import types
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
-import datasets
-import huggingface_hub
-import monkeyjump as mj
+import accelerate
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 import transformers
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import parallel
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+
+import monkeyjump as mj
 from benchmarks.architectures import (
-    TYPES,
-    UNROUTABLE,
-    image_inputs,
-    text_inputs,
     tiny_model,
-    video_inputs,
 )
 from monkeyjump import (
+    REP_MODES,
+    Adapter,
+    MonkeyJumpConfig,
+    allocate_ranks,
     apply_monkeyjump,
     disable_adapters,
     init_router_centers,
+    kmeans,
     load_adapter,
+    orthogonal_regularization,
+    print_trainable_parameters,
     record_routing,
     remove_monkeyjump,
     save_adapter,
+    unit,
     update_router_centers,
 )
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
-HERE = Path(__file__).parent
 OWN_ADAPTERS = ("lora", "lorafa", "adalora", "propulsion")
-SEQUENCE_MODES = mj.REP_MODES[1:]
+SEQUENCE_MODES = REP_MODES[1:]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = [f"self_attn.{name}" for name in PROJECTIONS]
 BLOCKS = r"layers\.\d+$"
-WEIGHTS, COPY = "monkeyjump.safetensors", "monkeyjump.json"
+WEIGHTS = "monkeyjump.safetensors"
+COPY = "monkeyjump.json"
+CHECKPOINTING = ["none", "reentrant", "non-reentrant"]
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
@@ -127,46 +138,6 @@ def gently_adapted(model, **settings):
     return adapted(base=model, alpha=1.0, **settings)
 
 
-class QuantisedLinear(nn.Module):
-    """What a quantised layer looks like: packed 8-bit weights, and no float matrix to read."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        rounded = (linear.weight * 1000).round().clamp(-127, 127).to(torch.int8)
-        packed = rounded.view(torch.uint8).reshape(-1, 1)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-    def forward(self, x):
-        weight = self.weight.view(torch.int8).view(self.out_features, -1)
-        return F.linear(x, weight.to(x.dtype) / 1000)
-
-
-def by_bitsandbytes(linear, bits):
-    """The same layer in so many bits."""
-    layers = pytest.importorskip("bitsandbytes").nn
-    shape = (linear.in_features, linear.out_features, False)
-    if bits == 4:
-        layer = layers.Linear4bit(*shape)
-    else:
-        layer = layers.Linear8bitLt(*shape, has_fp16_weights=False)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-def quantised_llama(bits=None):
-    """Attention of packed layers; or of bitsandbytes', which want bfloat16 and 64 columns."""
-    dtype = torch.float32 if bits is None else torch.bfloat16
-    model = tiny_llama(hidden_size=64, head_dim=16).to(dtype).requires_grad_(False)
-    for block in model.model.layers:
-        for name, linear in list(block.self_attn.named_children()):
-            layer = QuantisedLinear(linear) if bits is None else by_bitsandbytes(linear, bits)
-            setattr(block.self_attn, name, layer)
-    model.is_loaded_in_8bit = bits == 8
-    model.is_loaded_in_4bit = bits == 4
-    return model
-
-
 def batch(rows=2, tokens=9, seed=3):
     """Token ids [rows, tokens], none of them a pad."""
     generator = torch.Generator().manual_seed(seed)
@@ -198,11 +169,16 @@ def centers(model):
     return buffers(model, r"\.centers$")
 
 
+def sgd(model, lr=0.05):
+    """An optimizer of all that is trained."""
+    return torch.optim.SGD(trained(model).values(), lr=lr)
+
+
 def train(model, batches, forward=None, mask=None, lr=0.05, also=None, parts=1):
     """Plain SGD, each batch in so many parts; the last step's gradients, the centers after it."""
     model.train()
     forward = model if forward is None else forward
-    optimizer = torch.optim.SGD(trained(model).values(), lr=lr)
+    optimizer = sgd(model, lr)
     for ids in batches:
         optimizer.zero_grad()
         for part in ids.chunk(parts):
@@ -222,11 +198,6 @@ def checkpointed(model, how):
         model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
         model.enable_input_require_grads()
     return model
-
-
-def plain_names(tensors):
-    """By the names that they have without checkpoint_wrapper."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): t for name, t in tensors.items()}
 
 
 def trainer_arguments(folder, **settings):
@@ -283,11 +254,12 @@ def named(name, text):
 
 
 def assert_same(first, second, **tolerance):
-    """Two dicts of tensors have the same names and values, at least one."""
+    """Two dicts of tensors have the same names, at least one, and the same bits, or near."""
+    tolerance = tolerance or EXACT
     assert first.keys() == second.keys()
     assert first
     for name, tensor in first.items():
-        assert_close(tensor, second[name], msg=functools.partial(named, name), **tolerance)
+        assert_close(tensor, second[name], msg=partial(named, name), **tolerance)
 
 
 def assert_near(found, expected, tolerance=1e-4):
@@ -322,7 +294,7 @@ def assert_saved_and_loaded(model, fresh, inputs, folder):
     """Through the folder the fresh base becomes the same model."""
     save_adapter(model.eval(), folder)
     load_adapter(fresh, folder)
-    assert_same(fresh.state_dict(), model.state_dict(), **EXACT)
+    assert_same(fresh.state_dict(), model.state_dict())
     assert_close(logits(fresh, inputs), logits(model, inputs), **CLOSE)
 
 
@@ -339,16 +311,17 @@ def values_of(model):
     return {name: torch.empty(0) if t.is_meta else t.clone() for name, t in state}
 
 
-@contextlib.contextmanager
+@contextmanager
 def unchanged(model):
     """Nothing in the model is another one at the end."""
-    shape, values = shape_of(model), values_of(model)
+    shape = shape_of(model)
+    values = values_of(model)
     yield
     assert shape_of(model) == shape
-    assert_same(values_of(model), values, **EXACT)
+    assert_same(values_of(model), values)
 
 
-@contextlib.contextmanager
+@contextmanager
 def refused(model, message):
     """A ValueError that says so, after which nothing in the model is another one."""
     with unchanged(model), pytest.raises(ValueError, match=message) as error:
@@ -366,10 +339,12 @@ def experts_of(model):
     return found
 
 
-@contextlib.contextmanager
+@contextmanager
 def noted_gates(given=None):
     """The gates of every routed call within, in order; those given are handed out instead."""
-    noted, route, instead = [], mj.route, iter(given or ())
+    noted = []
+    route = mj.route
+    instead = iter(given or ())
 
     def noting(*args, **kwargs):
         gates, best = route(*args, **kwargs)
@@ -383,10 +358,11 @@ def noted_gates(given=None):
         yield noted
 
 
-@contextlib.contextmanager
+@contextmanager
 def noted_calls(model, pattern):
     """By path, arguments and output of every call within of the modules whose path matches."""
-    seen, handles = {}, []
+    seen = {}
+    handles = []
     for path, module in model.named_modules():
         if re.search(pattern, path):
             calls = seen.setdefault(path, [])
@@ -403,11 +379,110 @@ def noted_calls(model, pattern):
 
 def inputs_of(seen):
     """By path, the first arguments of the calls that noted_calls saw."""
-    return {path: [args[0].detach() for args, _ in calls] for path, calls in seen.items()}
+    found = {}
+    for path, calls in seen.items():
+        found[path] = [args[0].detach() for args, _ in calls]
+    return found
+
+
+# --------------------------------------------------------- helpers: devices, heads, steps, warnings
+class LikeAGpu(TorchDispatchMode):
+    """Copies excepted, no operator takes tensors of two devices; values read are counted."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.dim()}
+        assert len(devices) < 2 or "copy" in str(op), f"{op} takes {devices}"
+        self.reads += "_local_scalar_dense" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def spread(model, first, move=nn.Module.to):
+    """The blocks from `first` on and what follows them on another device, as accelerate does."""
+    for module in (*model.model.layers[first:], model.model.norm, model.lm_head):
+        add_hook_to_module(module, AlignDevicesHook("meta"))
+        move(module, "meta")
+    return model
+
+
+def assign(module, device):
+    """Move a module as fully_shard and dispatch_model do, which is not by `_apply`."""
+    replace_tensors(module, lambda name, tensor: tensor.to(device))
+
+
+def replace_tensors(model, replacement):
+    """Assign replacement(name, tensor) to every parameter and buffer."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = replacement(f"{path}.{name}", parameter.detach())
+                module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = replacement(f"{path}.{name}", buffer)
+
+
+def plain_names(tensors):
+    """By the names that they have without a wrapper."""
+    return {re.sub(r"_(checkpoint|fsdp)_wrapped_module\.", "", n): t for n, t in tensors.items()}
+
+
+def steps(model, optimizer=None, labels=None):
+    """Three optimizer steps, each on a batch of its own, in the mode that the model is in."""
+    optimizer = optimizer or torch.optim.AdamW(trained(model).values(), lr=0.01)
+    for seed in range(3):
+        ids = batch(seed=seed)
+        model(input_ids=ids, labels=ids if labels is None else labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def warnings_of(run, *args):
+    """What of ours is said in warnings meanwhile."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*args)
+    messages = [str(warning.message) for warning in caught]
+    return [text for text in messages if re.search("(?i)monkey|adapter|center|router", text)]
+
+
+def classifier(kind=transformers.LlamaForSequenceClassification, deep=False):
+    """A tiny model with a head, of whatever task its class says; deep: of several layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 50, "num_hidden_layers": 2, "pad_token_id": 0}
+    model = kind(kind.config_class(**sizes))
+    if deep:
+        model.score = nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(9), nn.Linear(8, 2))
+    return model.eval()
+
+
+def trained_classifier(deep=False):
+    """Three steps away from its base in its adapters and in its head."""
+    model = steps(adapted(base=classifier(deep=deep)).train(), labels=torch.tensor([0, 1]))
+    assert all_differ(model.score.state_dict(), classifier(deep=deep).score.state_dict())
+    return model.eval()
+
+
+def join(folder, rank, of):
+    """Start a process group, which gives up where ranks do not meet."""
+    patience = {"timeout": datetime.timedelta(seconds=60), "init_method": f"file://{folder}/store"}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=of, **patience)
+
+
+@pytest.fixture
+def lone_process(tmp_path):
+    """A process group of this process alone."""
+    join(tmp_path, 0, of=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------- helpers: copies and threads
 def through_pickle(model):
+    """A copy by pickle."""
     return pickle.loads(pickle.dumps(model))
 
 
@@ -422,7 +497,7 @@ def through_a_file(model):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "torch.save": through_a_file}
 
 
-@contextlib.contextmanager
+@contextmanager
 def threads_change_often():
     """Within, so that what they share is seen."""
     interval = sys.getswitchinterval()
@@ -444,10 +519,11 @@ def talk(model, turns, cache=None):
 
 
 # ----------------------------------------------------------------------------- helpers: saved files
-@contextlib.contextmanager
+@contextmanager
 def noted_states(folder):
     """At every line that runs within: the folder's files, as a kill would leave them."""
-    states, outside = [], sys.gettrace()
+    states = []
+    outside = sys.gettrace()
 
     def look(frame, event, arg):
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -499,6 +575,7 @@ def sharded(model, kind):
 
 
 def to_distribute():
+    """What all processes start from."""
     return adapted(ema_momentum=0.4)
 
 
@@ -511,7 +588,7 @@ def work_by_zero(rank, stage, folder):
     os.environ.update({name: str(value) for name, value in here.items()})
     deepspeed.init_distributed(dist_backend="gloo")
     model = torch.load(f"{folder}/model.pt", weights_only=False)
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.05)
+    optimizer = sgd(model)
     settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -531,16 +608,13 @@ BATCHES = [batch(4, seed=seed) for seed in range(4)]
 
 def work(rank, kind, folder):
     """One of two processes: from a pickled model, with its half of every batch, in two parts."""
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    join(folder, rank, of=2)
     model = torch.load(f"{folder}/model.pt", weights_only=False)
     halves = [ids.chunk(2)[rank] for ids in torch.load(f"{folder}/batches.pt")]
     start = centers(model)
-    init_router_centers(model, halves, subset_size=4 * 4 * 9, kmeans_iters=50)
-    found = {"clustered": centers(model)}
     with noted_calls(model, BLOCKS) as seen:  # one has enough after nine batches of two tokens
         init_router_centers(model, 9 * [batch(1, 1 + rank)], subset_size=18)
-    found["calls"] = {len(calls) for calls in seen.values()}
+    found = {"calls": {len(calls) for calls in seen.values()}}
     model.load_state_dict(start, strict=False)
     found["gradients"] = whole(train(model, halves, forward=sharded(model, kind), parts=2)[0])
     save_adapter(model, f"{folder}/saved")
@@ -556,13 +630,7 @@ def work(rank, kind, folder):
     torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------- helpers: every architecture
-def base_of(model_type):
-    """A tiny model; where even its builder fails, the test is skipped."""
-    return unless_base_fails(lambda: tiny_model(model_type))
-
-
-# ---------------------------------------------------------------------------- helpers: PEFT and TRL
+# ---------------------------------------------------------------------------- helpers: PEFT
 # It scales down_proj's input, not its output.
 IA3 = {"target_modules": [*PROJECTIONS, "down_proj"], "feedforward_modules": ["down_proj"]}
 PEFT_METHODS = {
@@ -592,14 +660,16 @@ def shaken(model):
 
 def peft_config(method="LoRA", **settings):
     """PEFT's config of this method for the attention."""
-    peft, (name, of_method) = pytest.importorskip("peft"), PEFT_METHODS[method]
+    peft = pytest.importorskip("peft")
+    (name, of_method) = PEFT_METHODS[method]
     kind = getattr(peft, name, None) or pytest.skip(f"this PEFT has no {name}")
     return kind(**{"target_modules": PROJECTIONS, **of_method, **settings})
 
 
 def peft_llama(method="LoRA", base=None, **settings):
     """A model with PEFT's adapters, which do something."""
-    peft, base = pytest.importorskip("peft"), tiny_llama() if base is None else base
+    peft = pytest.importorskip("peft")
+    base = tiny_llama() if base is None else base
     return shaken(peft.get_peft_model(base, peft_config(method, **settings)))
 
 
@@ -625,13 +695,15 @@ def routed_slowly(model, like):
         block.hidden = args[0].detach().float()
 
     for path, experts in experts_of(like).items():
-        block, router = model.get_submodule(path), like.get_submodule(path).monkeyjump
+        block = model.get_submodule(path)
+        router = like.get_submodule(path).monkeyjump
         block.register_forward_pre_hook(keep_hidden)
         for expert, name in enumerate(experts):
             layer = block.get_submodule(name)
 
             def forward(x, layer=layer, block=block, router=router, expert=expert, **kwargs):
-                base, y = layer.get_base_layer()(x), type(layer).forward(layer, x, **kwargs)
+                base = layer.get_base_layer()(x)
+                y = type(layer).forward(layer, x, **kwargs)
                 return base + slow_gate(block, router, expert).to(base) * (y - base)
 
             layer.forward = forward
@@ -640,51 +712,10 @@ def routed_slowly(model, like):
 
 def assert_routed(fast, model, tolerance=1e-5):
     """As by the definition; and routing does something."""
-    found, expected = logits(fast), logits(routed_slowly(model, fast))
+    found = logits(fast)
+    expected = logits(routed_slowly(model, fast))
     assert_close(found, expected, atol=tolerance, rtol=100 * tolerance)
     assert not torch.allclose(found, logits(model), atol=1e-3)
-
-
-CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}</s>{% endfor %}"
-
-
-def byte_tokenizer():
-    """A token a byte, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    words = {token: index for index, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.add_special_tokens(special)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def byte_llama():
-    """A tiny model with room for every byte."""
-    return tiny_llama(vocab_size=260, max_position_embeddings=512)
-
-
-def dpo_trainer(adapter, folder):
-    """TRL's trainer, over a model routed by sequence."""
-    rows = []
-    for number in range(8):
-        rows.append({"prompt": f"{number} and 1:", "chosen": f"{number + 1}", "rejected": "none"})
-    model = byte_llama()
-    if adapter == "peft":
-        model = pytest.importorskip("peft").get_peft_model(model, peft_config())
-    settings = {"max_steps": 3, "learning_rate": 1e-2, "max_length": 32, "logging_steps": 1}
-    settings |= {"per_device_train_batch_size": 2, "save_strategy": "no", "report_to": []}
-    settings |= {"gradient_checkpointing": True, "bf16": False, "use_cpu": True}
-    # Now, while the model is its own reference; PEFT's adapters TRL can switch off.
-    settings["precompute_ref_log_probs"] = adapter != "peft"
-    return pytest.importorskip("trl").DPOTrainer(
-        model=apply_monkeyjump(model, adapter=adapter, rep_mode="prompt_end"),
-        args=pytest.importorskip("trl").DPOConfig(output_dir=str(folder), **settings),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=byte_tokenizer(),
-    )
 
 
 # ---------------------------------------------------------------------- helpers: the slow reference
@@ -779,7 +810,6 @@ class OnlySquare(mj.ADAPTERS["lora"]):
 UNFIT = {
     "an unknown adapter": ({"adapter": "dora"}, "'dora'.+lora, lorafa, adalora, propulsion"),
     "an adapter that fails": ({"adapter": OnlySquare}, "not square"),
-    "a built-in adapter's name": ({"adapter": type("lora", (mj.Adapter,), {})}, "lora"),
     "too many experts a token": ({"top_k": 5}, "top_k=5: must be at most 4"),
     "another model's block": ({"blocks": {"GPT2Block": [0]}}, "GPT2Block.+LlamaDecoderLayer"),
     "too large an index": ({"blocks": {"LlamaDecoderLayer": [0, 2]}}, r"\[0, 2\].+LlamaDecoder"),
@@ -811,7 +841,7 @@ def test_options_that_do_not_fit_the_model_are_refused_with_what_there_is(case, 
 def test_a_config_and_its_fields_say_the_same_and_short_forms_are_taken():
     blocks = {"LlamaDecoderLayer": [1]}
     names = {"linears": ["q_proj"], "shared_expert": ["o_proj"]}
-    config = mj.MonkeyJumpConfig(blocks=blocks, **names, top_k=1)
+    config = MonkeyJumpConfig(blocks=blocks, **names, top_k=1)
     model = apply_monkeyjump(tiny_llama(), config)
     short = {"blocks": json.dumps(blocks), "linears": "q_proj", "shared_expert": "o_proj"}
     other = apply_monkeyjump(tiny_llama(), **short, top_k=1)
@@ -819,16 +849,26 @@ def test_a_config_and_its_fields_say_the_same_and_short_forms_are_taken():
 
 
 def test_every_option_is_explained_and_has_a_default():
-    fields = dataclasses.fields(mj.MonkeyJumpConfig)
+    fields = dataclasses.fields(MonkeyJumpConfig)
     assert [field.name for field in fields if not field.metadata.get("help")] == []
-    mj.MonkeyJumpConfig()
+    MonkeyJumpConfig()
+
+
+@grid(name=OWN_ADAPTERS)
+def test_an_adapter_class_with_the_name_of_a_built_in_one_is_refused(name):
+    before = dict(mj.ADAPTERS)
+    impostor = type(name, (Adapter,), {})
+    with pytest.raises(ValueError, match=name):
+        apply_monkeyjump(tiny_llama(), adapter=impostor)
+    assert mj.ADAPTERS == before
 
 
 # -------------------------------------------------------------------------------------- mathematics
 @grid(top_k=[1, 2, 3, 5, 9], temperature=[0.1, 1.0])
 def test_route_is_softmax_over_all_experts_cut_to_the_top_k_and_renormalised(top_k, temperature):
     torch.manual_seed(0)
-    points, c = mj.unit(torch.randn(7, 16)), mj.unit(torch.randn(5, 16))
+    points = unit(torch.randn(7, 16))
+    c = unit(torch.randn(5, 16))
     gates, best = mj.route(points, c, top_k, temperature)
     expected = [naive_gates(point, c, min(top_k, 5), temperature) for point in points]
     assert_close(gates, torch.tensor(expected), atol=1e-6, rtol=1e-5)
@@ -836,14 +876,15 @@ def test_route_is_softmax_over_all_experts_cut_to_the_top_k_and_renormalised(top
 
 
 def test_what_is_equally_near_to_all_experts_is_shared_by_the_top_k():
-    centers = mj.unit(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
+    centers = unit(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
     gates, _ = mj.route(torch.zeros(3, 16), centers, top_k=2)
     assert gates.sort(dim=-1).values.tolist() == [[0, 0, 0, 0.5, 0.5]] * 3
 
 
 def test_jitter_noise_multiplies_the_logits_within_its_range():
     torch.manual_seed(0)
-    points, c = mj.unit(torch.randn(500, 16)), mj.unit(torch.randn(2, 16))
+    points = unit(torch.randn(500, 16))
+    c = unit(torch.randn(2, 16))
     gates, _ = mj.route(points, c, 2, temperature=1.0, jitter_noise=0.5)
     logits = points @ c.T
     found = torch.logit(gates[:, 0].double())  # the difference of the noisy logits
@@ -855,9 +896,14 @@ def test_jitter_noise_multiplies_the_logits_within_its_range():
 
 def test_statistics_count_finite_real_vectors_only():
     torch.manual_seed(0)
-    raw, real = torch.randn(10, 6) * 100, torch.arange(10) < 8
-    raw[2], raw[3, 2], raw[4, 0], raw[5] = torch.full((6,), 1e-30), math.nan, math.inf, 0.0
-    points, c = mj.unit(raw), mj.unit(torch.randn(3, 6))
+    raw = torch.randn(10, 6) * 100
+    real = torch.arange(10) < 8
+    raw[2] = torch.full((6,), 1e-30)
+    raw[3, 2] = math.nan
+    raw[4, 0] = math.inf
+    raw[5] = 0.0
+    points = unit(raw)
+    c = unit(torch.randn(3, 6))
     best = mj.route(points, c, 2)[1]
     expected = torch.zeros(3, 7, dtype=torch.double)
     for n in (0, 1, 6, 7):
@@ -869,22 +915,23 @@ def test_statistics_count_finite_real_vectors_only():
 
 def test_kmeans_finds_planted_clusters():
     torch.manual_seed(0)
-    planted = mj.unit(torch.randn(4, 24))
-    points = mj.unit(planted.repeat_interleave(50, dim=0) + 0.05 * torch.randn(200, 24))
-    found = mj.kmeans(points, 4, 10, torch.Generator().manual_seed(5))
+    planted = unit(torch.randn(4, 24))
+    points = unit(planted.repeat_interleave(50, dim=0) + 0.05 * torch.randn(200, 24))
+    found = kmeans(points, 4, 10, torch.Generator().manual_seed(5))
     assert (planted @ found.T).amax(dim=1).min() > 0.99
     assert_close(found.norm(dim=-1), torch.ones(4))
 
 
 def test_kmeans_of_points_that_are_all_the_same_is_finite():
-    points = mj.unit(torch.ones(6, 4))
-    assert mj.kmeans(points, 3, 4, torch.Generator().manual_seed(0)).isfinite().all()
+    points = unit(torch.ones(6, 4))
+    assert kmeans(points, 3, 4, torch.Generator().manual_seed(0)).isfinite().all()
 
 
 # ---------------------------------------------- adapters, promise 1: the identity, at what it costs
-@grid(mode=mj.REP_MODES, adapter=OWN_ADAPTERS)
+@grid(mode=REP_MODES, adapter=OWN_ADAPTERS)
 def test_at_init_every_projection_is_the_bases_bit_for_bit(adapter, mode):
-    model, ids = tiny_llama(), batch()
+    model = tiny_llama()
+    ids = batch()
     with noted_calls(model, "_proj$|lm_head$") as seen:
         model(ids)
         apply_monkeyjump(model, adapter=adapter, rep_mode=mode, shared_expert="up_proj")
@@ -917,13 +964,12 @@ QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 QWEN |= {"num_attention_heads": 14, "num_key_value_heads": 2}
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA |= {"num_attention_heads": 32, "num_key_value_heads": 8}
-FOUR_ROUTED = {"linears": PROJECTIONS}
 THREE_ROUTED = {"linears": PROJECTIONS[:3], "shared_expert": ["o_proj", "gate_proj"]}
 PUBLISHED = {
-    "Qwen2-0.5B, lora": (QWEN, {"adapter": "lora", **FOUR_ROUTED}, 270_336),
-    "Qwen2-0.5B, adalora": (QWEN, {"adapter": "adalora", **FOUR_ROUTED}, 270_528),
-    "Qwen2-0.5B, lorafa": (QWEN, {"adapter": "lorafa", **FOUR_ROUTED}, 98_304),
-    "Qwen2-0.5B, propulsion": (QWEN, {"adapter": "propulsion", **FOUR_ROUTED}, 49_152),
+    "Qwen2-0.5B, lora": (QWEN, {"adapter": "lora"}, 270_336),
+    "Qwen2-0.5B, adalora": (QWEN, {"adapter": "adalora"}, 270_528),
+    "Qwen2-0.5B, lorafa": (QWEN, {"adapter": "lorafa"}, 98_304),
+    "Qwen2-0.5B, propulsion": (QWEN, {"adapter": "propulsion"}, 49_152),
     "Llama-3-8B, lora": (LLAMA, THREE_ROUTED, 2_883_584),
 }
 
@@ -934,20 +980,9 @@ def test_trainable_parameters_are_the_published_numbers(case, capsys):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **shape))
     apply_monkeyjump(model, rank=2, **settings)
-    line = mj.print_trainable_parameters(model)
+    line = print_trainable_parameters(model)
     assert f"trainable params: {published:,} " in line
     assert line in capsys.readouterr().out
-
-
-def test_packed_four_bit_weights_are_counted_as_the_parameters_that_they_hold():
-    model = tiny_llama()
-    total = sum(p.numel() for p in model.parameters())
-    for block in model.model.layers:
-        block.self_attn.q_proj = by_bitsandbytes(block.self_attn.q_proj, bits=4)
-    model = apply_monkeyjump(model, rank=2)
-    new = sum(p.numel() for p in trained(model).values())
-    line = mj.print_trainable_parameters(model)
-    assert line.startswith(f"trainable params: {new:,} || all params: {total + new:,} ||")
 
 
 # ---------------------------------------------------------------- adapters: the published equations
@@ -961,7 +996,8 @@ def assert_token_follows_equations(model, seen, block, row, t, vectors, adapter,
         [((_, _, given), _)] = seen[f"{block}.{path}.monkeyjump"]
         given = torch.as_tensor(given).expand(2, 9, 1)[row, t, 0]
         assert float(given) == pytest.approx(gate, abs=1e-5)  # whatever alpha and rank are
-        x, y = x[row, t].double(), y[row, t].double()
+        x = x[row, t].double()
+        y = y[row, t].double()
         base = layer.weight.double() @ x
         own = {name: tensor.double() for name, tensor in layer.monkeyjump.state_dict().items()}
         delta = naive_delta(own, adapter, x, base, **settings)
@@ -969,7 +1005,7 @@ def assert_token_follows_equations(model, seen, block, row, t, vectors, adapter,
 
 
 @torch.no_grad()
-@grid(mode=mj.REP_MODES, adapter=OWN_ADAPTERS)
+@grid(mode=REP_MODES, adapter=OWN_ADAPTERS)
 def test_every_projection_of_every_token_follows_the_published_equations(adapter, mode):
     settings = {"alpha": 12.0, "rank": 3, "degree": 9}
     model = adapted(adapter, rep_mode=mode, shared_expert="up_proj", temperature=0.3, **settings)
@@ -986,7 +1022,8 @@ def test_every_projection_of_every_token_follows_the_published_equations(adapter
 
 @grid(adapter=OWN_ADAPTERS)
 def test_adapters_change_the_output_but_while_they_are_disabled_also_after_an_error(adapter):
-    model, expected = adapted(adapter, shared_expert="up_proj"), logits(tiny_llama())
+    model = adapted(adapter, shared_expert="up_proj")
+    expected = logits(tiny_llama())
     with pytest.raises(KeyError), disable_adapters(model):
         assert torch.equal(logits(model), expected)
         raise KeyError
@@ -1003,7 +1040,8 @@ def test_gates_are_constants_for_the_gradient():
     """The gradient with respect to the input is exactly the one with the gates as given numbers."""
     model = adapted()
     embeddings = model.get_input_embeddings()(batch(1, 5)).detach().requires_grad_()
-    found, gates = [], None
+    found = []
+    gates = None
     for _ in range(2):
         with noted_gates(gates) as noted:
             loss = model(inputs_embeds=embeddings).logits.pow(2).sum()
@@ -1027,7 +1065,7 @@ def test_gates_are_computed_in_float32_under_autocast():
 def update_rank(points, gates):
     """The rank of what all experts together add to the tokens' outputs [T, E * out]."""
     torch.manual_seed(0)
-    config = mj.MonkeyJumpConfig(rank=2)
+    config = MonkeyJumpConfig(rank=2)
     added = []
     for expert in range(gates.shape[-1]):
         adapter = mj.ADAPTERS["lora"](8, 8, config, torch.device("cpu"))
@@ -1066,14 +1104,17 @@ def test_the_last_position_tells_any_two_sequences_apart_the_first_one_does_not(
 
 # -------------------------------------------------- promise 5: centers move when an optimizer steps
 def by_sgd(model):
-    return torch.optim.SGD(trained(model).values(), lr=0.05).step
+    """The step of one optimizer of all."""
+    return sgd(model).step
 
 
 def by_adamw(model):
+    """The step of another kind of optimizer."""
     return torch.optim.AdamW(trained(model).values(), lr=1e-3).step
 
 
 def by_two_optimizers(model):
+    """A step of two, each of half the parameters."""
     weights = list(trained(model).values())
     first = torch.optim.SGD(weights[::2], lr=0.05)
     second = torch.optim.AdamW(weights[1::2], lr=1e-3)
@@ -1086,7 +1127,8 @@ def by_two_optimizers(model):
 
 
 def by_hand(model):
-    return functools.partial(update_router_centers, model)
+    """The call for loops without a torch optimizer."""
+    return partial(update_router_centers, model)
 
 
 STEPS = {"SGD": by_sgd, "AdamW": by_adamw, "two optimizers": by_two_optimizers, "by hand": by_hand}
@@ -1120,8 +1162,10 @@ def assert_step_moves_as_the_naive_loop(model, step, expected, seen, number):
 def test_centers_move_when_an_optimizer_steps_by_all_that_was_seen_since(case):
     kind, (every, until, parts) = case
     model = adapted(ema_momentum=0.6, update_every=every, update_until=until).train()
-    step, start = kind(model), centers(model)
-    expected, seen = start, {f"model.layers.{index}": [] for index in range(2)}
+    step = kind(model)
+    start = centers(model)
+    expected = start
+    seen = {f"model.layers.{index}": [] for index in range(2)}
     for number in range(1, 7):
         with noted_calls(model, BLOCKS) as calls:
             for ids in batch(2 * parts, seed=number).chunk(parts):
@@ -1133,7 +1177,8 @@ def test_centers_move_when_an_optimizer_steps_by_all_that_was_seen_since(case):
 
 
 def test_centers_learn_nothing_from_forwards_that_do_not_train():
-    model, plain = adapted().train(), adapted().train()
+    model = adapted().train()
+    plain = adapted().train()
     for each in (model, plain):
         each(input_ids=batch(), labels=batch())
     with torch.no_grad():
@@ -1143,14 +1188,14 @@ def test_centers_learn_nothing_from_forwards_that_do_not_train():
         model(batch(seed=52))  # the reference pass of DPO
     for each in (model, plain):
         update_router_centers(each)
-    assert_same(centers(model), centers(plain), **EXACT)
+    assert_same(centers(model), centers(plain))
 
 
 def skipped_by_a_scaler(model):
     """GradScaler does not call an optimizer whose gradients are infinite."""
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.05)
+    optimizer = sgd(model)
     next(iter(trained(model).values())).grad.fill_(math.inf)
     scaler.step(optimizer)
     scaler.update()
@@ -1170,7 +1215,7 @@ def test_a_skipped_step_moves_nothing_and_loses_nothing(skip):
     with noted_calls(model, BLOCKS) as seen:
         model(input_ids=batch(), labels=batch()).loss.backward()
     skip(model)
-    assert_same(centers(model), start, **EXACT)
+    assert_same(centers(model), start)
     model.zero_grad()
     by_sgd(model)()
     assert_same(centers(model), naive_move(start, seen, 0.6), **CLOSE)
@@ -1193,7 +1238,8 @@ def test_parameter_names_of_the_base_stay_and_ours_exist_before_the_first_forwar
 def test_types_of_all_modules_stay():
     modules = dict(adapted(shared_expert="up_proj").named_modules())
     for path, module in tiny_llama().named_modules():
-        before, now = type(module), type(modules[path])
+        before = type(module)
+        now = type(modules[path])
         assert issubclass(now, before), path
         assert (now.__name__, str(now)) == (before.__name__, str(before))
 
@@ -1214,25 +1260,23 @@ def test_plain_transformers_loads_what_an_adapted_model_saves(tmp_path):
 
 
 def encoder_decoder():
+    """A T5."""
     config = transformers.T5Config(d_model=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=50)
     return transformers.T5ForConditionalGeneration(config)
 
 
 def half_on_meta():
+    """As after offloading."""
     model = tiny_llama()
     model.model.layers[1].to("meta")
     return model
-
-
-def a_linear():
-    return nn.Linear(3, 3)
 
 
 UNROUTABLE_MODELS = {
     "an encoder-decoder": (encoder_decoder, "encoder-decoder"),
     "offloaded layers": (half_on_meta, "meta"),
     "adapted already": (adapted, "carries Monkey Jump already"),
-    "no blocks": (a_linear, "blocks"),
+    "no blocks": (partial(nn.Linear, 3, 3), "blocks"),
 }
 
 
@@ -1244,20 +1288,12 @@ def test_a_model_that_cannot_be_routed_is_refused_before_anything_is_touched(cas
         apply_monkeyjump(model)
 
 
-def save(model):
-    save_adapter(model, "never made")
-
-
-def init_centers(model):
-    init_router_centers(model, [])
-
-
-def record(model):
-    with record_routing(model):
-        pass
-
-
-NEED_ADAPTERS = [remove_monkeyjump, update_router_centers, save, init_centers, record]
+NEED_ADAPTERS = {
+    "remove": remove_monkeyjump,
+    "update": update_router_centers,
+    "save": partial(save_adapter, directory="nowhere"),
+    "init": partial(init_router_centers, dataloader=[]),
+}
 
 
 @grid(call=NEED_ADAPTERS)
@@ -1266,11 +1302,104 @@ def test_what_needs_an_adapted_model_says_so(call):
         call(tiny_llama())
 
 
+# ------------------------------------------------------- what trains and what is reached, promise 1
+def test_an_adapter_that_no_forward_reaches_is_named_in_one_warning():
+    model = tiny_llama()
+    projection = model.model.layers[1].self_attn.k_proj
+    forward = projection.forward
+    projection.forward = lambda x: forward(x)  # as compressed-tensors up to 0.14 does
+    messages = warnings_of(steps, adapted(base=model).train())
+    names = [re.findall(r"layers\.\d\.self_attn\.\w+", message) for message in messages]
+    assert names == [["layers.1.self_attn.k_proj"]]
+
+
+HEALTHY = {"all defaults": {}, "shared experts": {"shared_expert": ["up_proj", "down_proj"]}}
+HEALTHY |= {"experts that nothing chooses": {"top_k": 1}, "a sequence mode": {"rep_mode": "mean"}}
+
+
+@grid(setting=list(HEALTHY), checkpointing=CHECKPOINTING)
+def test_a_healthy_model_trains_without_a_warning(setting, checkpointing):
+    model = adapted(base=tiny_llama(use_cache=False), **HEALTHY[setting]).train()
+    assert warnings_of(steps, checkpointed(model, checkpointing)) == []
+
+
+def test_a_model_that_steps_but_never_was_in_training_mode_is_named_in_one_warning():
+    messages = warnings_of(steps, adapted().eval())
+    assert len(messages) == 1
+    assert re.search(r"LlamaForCausalLM.*train", messages[0])
+
+
+HEADS = dict.fromkeys(["BertForMaskedLM", "RobertaForCausalLM", "LlamaForCausalLM"])
+HEADS |= {"LlamaForQuestionAnswering": "QUESTION_ANS", "BertForTokenClassification": "TOKEN_CLS"}
+HEADS |= {f"{name}ForSequenceClassification": "SEQ_CLS" for name in ("Llama", "Roberta")}
+
+
+@grid(name=list(HEADS))
+def test_the_heads_that_a_task_adds_are_trained_by_default_as_by_peft(name):
+    peft = pytest.importorskip("peft")
+    kind = getattr(transformers, name)
+    found = trained(apply_monkeyjump(classifier(kind), top_k=1))
+    options = peft.LoraConfig(target_modules=["query", "q_proj"], task_type=HEADS[name])
+    expected = trained(peft.get_peft_model(classifier(kind), options))
+    expected = {re.sub(r"base_model\.model\.|modules_to_save\.default\.", "", n) for n in expected}
+    assert {n for n in found if "monkeyjump" not in n} == {n for n in expected if "lora" not in n}
+
+
+@grid(dtype=["float32", "bfloat16"])
+def test_a_head_gets_in_float32_the_gradient_that_it_gets_in_peft(dtype):
+    peft = pytest.importorskip("peft")
+    ours, theirs = (classifier().to(getattr(torch, dtype)) for _ in range(2))
+    options = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    for model in (apply_monkeyjump(ours), peft.get_peft_model(theirs, options)):
+        model.train()(input_ids=batch(), labels=torch.tensor([0, 1])).loss.backward()
+    assert ours.score.weight.grad.dtype == torch.float32
+    expected = theirs.score.modules_to_save["default"].weight.grad
+    assert_close(ours.score.weight.grad.to(expected.dtype), expected)
+
+
+@grid(deep=[False, True])
+def test_a_trained_head_is_saved_and_loaded_with_the_adapters(deep, tmp_path):
+    model = trained_classifier(deep)
+    save_adapter(model, tmp_path)
+    again = load_adapter(classifier(deep=deep), tmp_path)
+    assert same_logits(again, model)
+
+
+@grid(deep=[False, True])
+def test_a_trained_head_is_the_bases_while_disabled_and_after_removal(deep):
+    model = trained_classifier(deep)
+    base = classifier(deep=deep)
+    with disable_adapters(model):
+        assert same_logits(model, base)
+    remove_monkeyjump(model)
+    assert_same(model.state_dict(), base.state_dict())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@grid(name=["embed_tokens", "lm_head", "norm"])
+def test_any_module_named_is_trained_saved_and_loaded(name, tmp_path):
+    model = adapted(modules_to_save=[name])
+    train(model, [batch()])
+    save_adapter(model, tmp_path)
+    again = load_adapter(tiny_llama(), tmp_path)
+    assert f"{name}.weight" in [path.removeprefix("model.") for path in trained(again)]
+    assert same_logits(again, model.eval())
+
+
+@grid(name=["lm_head", "embed_tokens", "scorer"])
+def test_a_module_that_is_tied_or_not_there_is_refused(name):
+    model = tiny_llama(tie_word_embeddings=True)
+    message = "scorer.*lm_head" if name == "scorer" else f"{name}.*tied"
+    with refused(model, message):
+        apply_monkeyjump(model, modules_to_save=[name])
+
+
 # ============================================= what makes it hold: the file's second half, in order
 # -------------------------------------------------------------------------------- centers from data
-@grid(mode=mj.REP_MODES)
+@grid(mode=REP_MODES)
 def test_centers_start_as_the_kmeans_of_the_real_representations(mode):
-    model, loader = adapted(rep_mode=mode).train(), [left_padded(seed) for seed in range(4)]
+    model = adapted(rep_mode=mode).train()
+    loader = [left_padded(seed) for seed in range(4)]
     model(batch(), prompt_end=torch.tensor([3, 6]))  # seen before: no part of the new centers
     with noted_calls(model, BLOCKS) as seen:
         init_router_centers(model, loader, subset_size=1000, kmeans_iters=20)
@@ -1280,8 +1409,8 @@ def test_centers_start_as_the_kmeans_of_the_real_representations(mode):
     for index, hidden in enumerate(torch.cat(inputs_of(seen)["model.layers.1"])):
         real = loader[0]["attention_mask"][index % 2].bool().tolist()
         vectors = naive_representation(hidden, mode, real, None)
-        wanted = [t for t in range(7) if real[t]] if mode == "token" else [0]
-        points += [naive_unit(vectors[t]) for t in wanted]
+        wanted = real if mode == "token" else [True]  # all vectors of a sequence are the same
+        points += [naive_unit(vector) for vector in itertools.compress(vectors, wanted)]
     points = torch.stack(points)
     found = model.model.layers[1].monkeyjump.centers.double()
     nearest = (points @ found.T).argmax(dim=1)
@@ -1310,8 +1439,11 @@ def clustered(model, seed=0, stream=None):
 
 
 def test_the_same_seed_gives_the_same_centers_and_another_one_others():
-    found = [centers(clustered(adapted(), seed)) for seed in (0, 0, 1)]
-    assert_same(found[0], found[1], **EXACT)
+    models = [adapted() for _ in range(3)]
+    state = torch.get_rng_state()
+    found = [centers(clustered(m, seed)) for m, seed in zip(models, (0, 0, 1), strict=True)]
+    assert torch.equal(torch.get_rng_state(), state)  # drawn by a generator of their own
+    assert_same(found[0], found[1])
     assert all_differ(found[0], found[2])
 
 
@@ -1319,12 +1451,6 @@ def test_setting_centers_reads_just_enough_batches():
     stream = Stream()
     clustered(adapted(), stream=stream)
     assert len(stream.read) == 8  # an eighth, 10 of 40 tokens, from each batch
-
-
-def test_setting_centers_draws_nothing_from_the_global_generator():
-    model, state = adapted(), torch.get_rng_state()
-    init_router_centers(model, [TEXT])
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_centers_set_in_inference_mode_can_move():
@@ -1336,6 +1462,7 @@ def test_centers_set_in_inference_mode_can_move():
 
 
 UNUSABLE = {
+    "no dataloader": (None, {}, "dataloader"),
     "no batches": ([], {}, "0 representations.+4 experts"),
     "too few tokens": ([{"input_ids": torch.tensor([[5, 6, 7]])}], {}, "3 representations.+4"),
     "another mode": ([TEXT], {"rep_mode": "mean"}, "rep_mode='mean'.+'token'"),
@@ -1362,21 +1489,36 @@ def test_centers_are_set_from_the_data_of_a_trainer():
     assert all_differ(centers(model), start)
 
 
-def test_a_model_without_a_dataloader_is_refused():
-    with pytest.raises(ValueError, match="dataloader"):
-        init_router_centers(adapted())
+@OLD_TORCH
+@grid(way=["torch.compile", "model.compile"])
+def test_centers_of_a_compiled_model_start_as_those_of_the_model_itself(way):
+    torch._dynamo.reset()
+    expected = adapted(rep_mode="mean")
+    model = adapted(rep_mode="mean")
+    loader = [left_padded(seed) for seed in range(4)]
+    init_router_centers(expected, loader)
+    how = {"fullgraph": True, "backend": "aot_eager"}
+    compiled = torch.compile(model, **how) if way == "torch.compile" else model
+    if way == "model.compile":
+        model.compile(**how)
+    compiled(**left_padded())
+    init_router_centers(compiled, loader)
+    assert_same(centers(model), centers(expected), **CLOSE)
 
 
 # --------------------------------------------- which rows are real, promise 4: padding is invisible
 def by_keywords(model, ids, mask, **more):
+    """As the Trainer calls a model."""
     return model(input_ids=ids, attention_mask=mask, **more)[0]
 
 
 def by_positions(model, ids, mask, **more):
+    """The mask is the second argument."""
     return model(ids, mask, **more)[0]
 
 
 def by_the_inner_model(model, ids, mask, **more):
+    """Around the model, as some trainers do."""
     return model.lm_head(model.model(ids, attention_mask=mask, **more)[0])
 
 
@@ -1399,13 +1541,14 @@ def run_padded(model, entry, ids, ends):
 
 def padded_rows(side):
     """A short row and a full one alone; both and a row of pads together; where the first starts."""
-    short, full = batch(1, 5), batch(1, 9, seed=7)
+    short = batch(1, 5)
+    full = batch(1, 9, seed=7)
     start = 4 if side == "left" else 0
     padded = F.pad(short, (start, 4 - start), value=1)
     return short, full, torch.cat([padded, full, torch.ones_like(full)]), start
 
 
-@grid(case=PADDED, mode=mj.REP_MODES)
+@grid(case=PADDED, mode=REP_MODES)
 def test_padding_does_not_show_in_the_logits_of_real_tokens(case, mode):
     entry, side, attention = case
     model = adapted(base=tiny_llama(attn_implementation=attention), rep_mode=mode)
@@ -1416,7 +1559,7 @@ def test_padding_does_not_show_in_the_logits_of_real_tokens(case, mode):
     assert_close(found[1:2], alone[1], **NEAR)
 
 
-@grid(case=PADDED, mode=mj.REP_MODES)
+@grid(case=PADDED, mode=REP_MODES)
 def test_padding_does_not_show_in_the_statistics(case, mode):
     entry, side, attention = case
     base = tiny_llama(attn_implementation=attention)
@@ -1435,25 +1578,17 @@ def test_padding_does_not_show_in_the_statistics(case, mode):
 
 
 # -------------------------------------------------- which rows are real: packed rows, prompts' ends
-ENDS = torch.tensor([0, 5, 9], dtype=torch.int32)
-NUMBERS = torch.tensor([[0] * 5 + [1] * 4])
-SIGNS_OF_PACKING = {
-    "position_ids": torch.tensor([[*range(5), *range(4)]]),
-    "attention_mask": (NUMBERS == NUMBERS.T).tril()[None, None],
-    "cu_seq_lens_q": ENDS,
-    "cu_seqlens": ENDS,
-    "seq_idx": NUMBERS,
-}
-
-
 @torch.no_grad()
-@grid(sign=list(SIGNS_OF_PACKING))
-def test_packed_rows_are_right_in_token_mode(sign):
-    rows, model = [batch(1, 5, seed=1), batch(1, 4, seed=2)], adapted()
-    given = {name: SIGNS_OF_PACKING[name] for name in ("position_ids", sign)}
-    found = model(torch.cat(rows, dim=1), use_cache=False, **given).logits
+@grid(told_by=["positions", "mask"])
+def test_packed_rows_are_right_in_token_mode(told_by):
+    rows = [batch(1, 5, seed=1), batch(1, 4, seed=2)]
+    model = adapted()
+    given = {"position_ids": torch.tensor([[*range(5), *range(4)]]), "use_cache": False}
+    numbers = torch.tensor([[0] * 5 + [1] * 4])
+    if told_by == "mask":
+        given["attention_mask"] = (numbers == numbers.T).tril()[None, None]
     expected = torch.cat([model(row).logits for row in rows], dim=1)
-    assert_close(found, expected, **CLOSE)
+    assert_close(model(torch.cat(rows, dim=1), **given).logits, expected, **CLOSE)
 
 
 END = torch.tensor([3, 6])
@@ -1491,6 +1626,67 @@ def test_label_smoothing_which_takes_the_labels_away_is_refused_without_prompt_e
         trainer.train()
 
 
+ANEW = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
+IMAGE = [[0, 1, 2, 2, 2, 2, 4, 5, 6], [0, 1, 2, 2, 3, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4, 5, 6]]
+IMAGE = torch.tensor(IMAGE)[:, None]  # time, height, width of an image of four tokens
+ALONE = torch.arange(9).expand(1, 1, 9)
+PACKED = {
+    "positions": {"position_ids": ANEW[None]},
+    "positions of the second row": {"position_ids": torch.stack([ALONE[0, 0], ANEW])},
+    "positions that do not go back to zero": {"position_ids": (ANEW + 5)[None]},
+    "time, height, width": {"position_ids": ANEW.expand(3, 1, 9)},
+    "text, time, height, width": {"position_ids": ANEW.expand(4, 1, 9)},
+    "a mask that numbers": {"attention_mask": torch.tensor([[1] * 4 + [2] * 5])},
+    "a padded mask that numbers": {"attention_mask": torch.tensor([[0, 1, 1, 1, 2, 2, 3, 3, 3]])},
+    "lengths": {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)},
+    "numbers": {"seq_idx": torch.tensor([[0] * 4 + [1] * 5])},
+}
+UNPACKED = {
+    "an image": {"position_ids": IMAGE},
+    "text above an image": {"position_ids": torch.cat([ALONE, IMAGE])},
+    "a padded row": {
+        "position_ids": torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4, 5]]),
+        "attention_mask": torch.tensor([[0] * 3 + [1] * 6]),
+    },
+    "a mask of floats": {"attention_mask": torch.ones(1, 9)},
+    "a mask of truth": {"attention_mask": torch.ones(1, 9, dtype=torch.bool)},
+}
+
+
+def logits_given(given, mode):
+    """Of a model that takes positions of such a shape, for as many rows."""
+    position = given.get("position_ids", ALONE[0])
+    base = tiny_llama() if position.dim() == 2 else tiny_model("qwen2_5_vl")
+    model = adapted(base=base, rep_mode=mode)
+    return model(input_ids=batch(position.shape[-2]), use_cache=False, **given).logits
+
+
+@grid(mode=SEQUENCE_MODES, guise=list(PACKED))
+def test_packed_rows_are_refused_in_the_sequence_modes_in_every_guise(mode, guise):
+    with pytest.raises(ValueError, match="packed"):
+        logits_given(PACKED[guise], mode)
+
+
+@grid(mode=SEQUENCE_MODES, guise=list(UNPACKED))
+def test_one_sequence_a_row_passes_in_every_guise(mode, guise):
+    assert logits_given(UNPACKED[guise], mode).isfinite().all()
+
+
+@grid(unused=["kept", "removed"])
+def test_a_column_prompt_end_reaches_the_routing_through_the_plain_trainer(unused, tmp_path):
+    ids = batch(8)
+    ends = [2, 3, 4, 5, 6, 2, 3, 4]
+    triples = zip(ids, ids, ends, strict=True)
+    rows = [dict(zip(("input_ids", "labels", "prompt_end"), t, strict=True)) for t in triples]
+    model = adapted(rep_mode="prompt_end", ema_momentum=0.0)
+    expected = copy.deepcopy(model).train()
+    expected(input_ids=ids, labels=ids, prompt_end=torch.tensor(ends))
+    update_router_centers(expected)
+    args = trainer_arguments(tmp_path, max_steps=1, remove_unused_columns=unused == "removed")
+    Trainer(model, args, train_dataset=rows).train()
+    assert_same(centers(model), centers(expected), **CLOSE)
+
+
 # ------------------------------------------------------------------------------ decoding, promise 8
 GENERATIONS = {"plain": (1, False, False), "in training mode": (1, False, True)}
 GENERATIONS |= {"beams": (3, False, False), "static cache": (1, True, False)}
@@ -1500,7 +1696,8 @@ GENERATIONS |= {"beams, static cache": (3, True, False)}
 def assert_scores_are_those_of_one_forward(model, inputs, found, beams):
     """What was decoded with a cache has the scores that it has at once, routed as its prompt."""
     new = found.sequences.shape[1] - inputs["input_ids"].shape[1]
-    ids, mask = found.sequences, F.pad(inputs["attention_mask"], (0, new), value=1)
+    ids = found.sequences
+    mask = F.pad(inputs["attention_mask"], (0, new), value=1)
     position_ids = mask.cumsum(1).sub(1).clamp(min=0)
     prompt = {"attention_mask": mask[:, :-new], "position_ids": position_ids[:, :-new]}
     with torch.no_grad(), noted_gates() as gates:
@@ -1516,7 +1713,7 @@ def assert_scores_are_those_of_one_forward(model, inputs, found, beams):
         assert_close(chosen, scores.amax(dim=-1), **NEAR)
 
 
-@grid(mode=mj.REP_MODES, case=GENERATIONS)
+@grid(mode=REP_MODES, case=GENERATIONS)
 def test_cached_generation_equals_uncached_as_the_prompt_was_routed(mode, case):
     beams, static, training = case
     model = adapted(rep_mode=mode).train(training)
@@ -1541,7 +1738,8 @@ TALKS.append([batch(1, 5, seed=9), batch(1, 2, seed=7), *TOKENS])
 def test_two_conversations_in_turn_keep_a_routing_each():
     model = adapted(rep_mode="mean")
     alone = [list(talk(model, turns)) for turns in TALKS]
-    one, other = [], []
+    one = []
+    other = []
     for first, second in zip(talk(model, TALKS[0]), talk(model, TALKS[1]), strict=True):
         one.append(first)
         other.append(second)
@@ -1549,7 +1747,8 @@ def test_two_conversations_in_turn_keep_a_routing_each():
 
 
 def test_each_turn_of_a_conversation_is_routed_anew_and_no_decoded_token_is():
-    model, second_turn = adapted(rep_mode="mean"), TALKS[0][1]
+    model = adapted(rep_mode="mean")
+    second_turn = TALKS[0][1]
     with noted_gates() as gates:
         list(talk(model, TALKS[0]))
         logits(model, {"input_ids": second_turn})
@@ -1557,25 +1756,48 @@ def test_each_turn_of_a_conversation_is_routed_anew_and_no_decoded_token_is():
     assert_close(gates[2], gates[4])  # block 0 sees embeddings: of that turn alone
 
 
-def is_alive(reference):
-    gc.collect()
-    return reference() is not None
-
-
-def test_a_model_does_not_keep_a_cache_alive():
-    model, cache = adapted(rep_mode="mean"), transformers.DynamicCache()
-    model(batch(), **{CACHE: cache})
-    reference = weakref.ref(cache)
-    del cache
-    assert not is_alive(reference)
-
-
-def test_an_adapted_model_is_not_kept_alive():
-    model = adapted()
+def test_neither_a_cache_nor_a_model_is_kept_alive():
+    model = adapted(rep_mode="mean")
+    cache = transformers.DynamicCache()
     train(model, [batch()])
-    reference = weakref.ref(model)
+    model(batch(), **{CACHE: cache})
+    the_cache = weakref.ref(cache)
+    the_model = weakref.ref(model)
+    del cache
+    gc.collect()
+    assert the_cache() is None
     del model
-    assert not is_alive(reference)
+    gc.collect()
+    assert the_model() is None
+
+
+@grid(mode=SEQUENCE_MODES, how=["a keyword", "a config", "the model's config"])
+def test_generation_without_a_cache_is_refused_in_the_sequence_modes(mode, how):
+    model = adapted(rep_mode=mode)
+    given = {"a keyword": {"use_cache": False}}
+    given["a config"] = {"generation_config": transformers.GenerationConfig(use_cache=False)}
+    if how == "the model's config":
+        model.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="use_cache"):
+        model.generate(batch(), max_new_tokens=3, do_sample=False, **given.get(how, {}))
+
+
+@torch.no_grad()
+def decoded(model, return_dict):
+    """The logits of a prompt and of three tokens after it."""
+    given = {"use_cache": True, "return_dict": return_dict}
+    output = model(batch(), **given)
+    logits = [output[0]]
+    for seed in range(3):
+        output = model(batch(2, 1, seed), **given, **{CACHE: output[1]})
+        logits.append(output[0])
+    return torch.cat(logits, dim=1)
+
+
+@grid(mode=REP_MODES)
+def test_tuple_outputs_keep_the_prompts_routing(mode):
+    model = adapted(rep_mode=mode)
+    assert torch.equal(decoded(model, return_dict=False), decoded(model, return_dict=True))
 
 
 # --------------------------------------------------------------------------- checkpoints, promise 6
@@ -1599,7 +1821,8 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(
 
 def backward_in_a_thread_of_its_own(monkeypatch):
     """As on a GPU, where the engine recomputes in its own thread."""
-    backward, engine = torch.Tensor.backward, ThreadPoolExecutor(1)
+    backward = torch.Tensor.backward
+    engine = ThreadPoolExecutor(1)
 
     def elsewhere(loss):
         engine.submit(backward, loss).result()
@@ -1637,10 +1860,32 @@ def test_a_checkpoint_inside_a_block_is_refused():
 
 
 def test_a_projection_called_alone_is_the_bases():
-    model, x = adapted().train(), torch.randn(1, 3, 32)
+    model = adapted().train()
+    x = torch.randn(1, 3, 32)
     layer = model.model.layers[1].self_attn.q_proj
     model(batch(), labels=batch())
     assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+@grid(mode=SEQUENCE_MODES)
+def test_a_sequence_mode_under_checkpoint_wrapper_is_refused_at_the_recomputation(mode):
+    model = checkpointed(adapted(rep_mode=mode).train(), "wrapper")
+    loss = model(input_ids=batch(), labels=batch(), use_cache=False).loss
+    with pytest.raises((RuntimeError, ValueError), match="checkpoint_wrapper"):
+        loss.backward()
+
+
+@grid(how=CHECKPOINTING[1:])
+def test_a_backward_pass_within_disable_adapters_recomputes_what_ran(how):
+    results = []
+    for checkpointing in ("none", how):
+        base = tiny_llama(use_cache=False)
+        model = adapted(base=base, modules_to_save=["input_layernorm"]).train()
+        loss = checkpointed(model, checkpointing)(input_ids=batch(), labels=batch()).loss
+        with disable_adapters(model):
+            loss.backward()
+        results.append(plain_names({name: p.grad for name, p in trained(model).items()}))
+    assert_same(*results, atol=1e-6, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------- compilation, promise 9
@@ -1669,7 +1914,7 @@ def test_compiles_to_one_graph_once_and_trains_like_eager(case):
     assert counter.frame_count == 1
 
 
-@grid(mode=mj.REP_MODES, adapter=OWN_ADAPTERS)
+@grid(mode=REP_MODES, adapter=OWN_ADAPTERS)
 def test_a_training_step_reads_no_value_on_the_host_and_stays_on_its_device(mode, adapter):
     """On meta tensors, which have no values, both are errors."""
     with torch.device("meta"):
@@ -1688,29 +1933,69 @@ def test_a_training_step_reads_no_value_on_the_host_and_stays_on_its_device(mode
         optimizer.step()
 
 
+@functools.cache
+def compiled_graphs(mode):
+    """By graph of a compiled generation with a static cache: how many sizes may grow in it."""
+    torch._dynamo.reset()
+    model = adapted(rep_mode=mode) if mode else tiny_llama()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(sum(isinstance(given, torch.SymInt) for given in inputs))
+        return graph.forward
+
+    how = transformers.CompileConfig(backend=backend, mode=None, fullgraph=True)
+    how._compile_all_devices = True  # as transformers does by itself on a GPU
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "compile_config": how}
+    model.generate(**left_padded(), **given, cache_implementation="static")
+    return graphs
+
+
+@OLD_TORCH
+@grid(mode=REP_MODES)
+def test_compiled_decoding_makes_the_base_models_graphs(mode):
+    assert compiled_graphs(mode) == compiled_graphs(None)
+
+
+@torch.no_grad()
+def reads_of_a_decoded_token(model, masked):
+    """Values that are read on the host for the third of three tokens after a prompt."""
+    ids, mask = left_padded().values()
+    given = {"attention_mask": mask} if masked else {}
+    cache = model(ids, use_cache=True, **given)[CACHE]
+    for _ in range(3):
+        mask = F.pad(mask, (0, 1), value=1)
+        if masked:
+            given = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        with LikeAGpu() as device:
+            model(batch(2, 1), use_cache=True, **given, **{CACHE: cache})
+    return device.reads
+
+
+@grid(mode=REP_MODES, masked=[False, True])
+def test_a_decoded_token_reads_nothing_on_the_host_that_the_base_model_does_not(mode, masked):
+    expected = reads_of_a_decoded_token(tiny_llama(), masked)
+    assert reads_of_a_decoded_token(adapted(rep_mode=mode), masked) == expected
+
+
 # ---------------------------------------------------------------------------- promise 10: precision
-@grid(adapter=OWN_ADAPTERS, dtype=[torch.bfloat16, torch.float16])
-def test_adapters_and_centers_stay_float32_when_the_model_is_cast(adapter, dtype):
+CASTS = {"to(bfloat16)": torch.bfloat16, "half()": torch.float16}
+
+
+@grid(adapter=OWN_ADAPTERS, dtype=CASTS)
+def test_adapters_and_centers_stay_float32_when_the_model_is_cast_and_train_on(adapter, dtype):
     model = adapted(adapter)
-    before = {name: p.detach().clone() for name, p in trained(model).items()} | centers(model)
-    model.to(dtype) if dtype is torch.bfloat16 else model.half()
-    assert_same(trained(model) | centers(model), before, **EXACT)
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    ours = {name for name in dtypes if ".monkeyjump." in name}
-    assert {dtypes[name] for name in ours} == {torch.float32}
-    assert {dtypes[name] for name in dtypes.keys() - ours} == {dtype}
-
-
-@grid(adapter=OWN_ADAPTERS, dtype=[torch.bfloat16, torch.float16])
-def test_a_cast_model_trains_in_float32(adapter, dtype):
-    model = adapted(adapter).to(dtype)
-    start = centers(model)
+    before = values_of(model)
+    model.half() if dtype is torch.float16 else model.to(dtype)
+    for name, tensor in model.state_dict().items():
+        if ".monkeyjump." in name:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert tensor.dtype == dtype, name
     found, moved = train(model, [batch(seed=seed) for seed in range(2)])
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in (found | moved).values()} == {torch.float32}
     assert [name for name, gradient in found.items() if not gradient.any()] == []
-    assert all_differ(moved, start)
-    norms = torch.stack(list(moved.values())).norm(dim=-1)  # of float32 centers
-    assert_close(norms, torch.ones(2, 4))
+    assert all_differ(moved, before)
 
 
 def test_a_float32_residual_stream_above_bf16_serves():
@@ -1733,7 +2018,7 @@ def kept_in_float32(model):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(inputs_embeds=embeddings)
     floats = [list(tensor.shape) for tensor in kept if tensor.dtype == torch.float32]
-    return [shape for shape in floats if shape[:2] == [2, 9] or shape[:1] == [18]]
+    return [shape for shape in floats if shape[:2] == [2, 9] or shape[0] == 18]  # all tokens
 
 
 @grid(adapter=OWN_ADAPTERS)
@@ -1743,7 +2028,45 @@ def test_what_is_kept_for_the_backward_pass_of_a_bf16_base_is_bf16(adapter):
     assert kept_in_float32(adapted(adapter, base, shared_expert="up_proj")) == expected
 
 
-# ----------------------------------------------------------- copies, promise 2; threads, promise 13
+@grid(dtype=["bfloat16", "float16", "float64"], adapter=OWN_ADAPTERS)
+def test_adapters_and_centers_are_float32_under_any_default(dtype, adapter, request):
+    model = tiny_llama()
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(getattr(torch, dtype))
+    apply_monkeyjump(model, adapter=adapter)
+    assert {t.dtype for t in (trained(model) | centers(model)).values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------------- types and copies, promise 2
+@grid(part=["", "model", "model.layers.0", "model.layers.0.self_attn.q_proj"])
+def test_a_made_class_makes_a_plain_module(part):
+    model = adapted()
+    module = model.get_submodule(part)
+    given = {"model.layers.0": (model.config, 0)}.get(part, (model.config,))
+    made = type(module)(*(given if "proj" not in part else (32, 32)))
+    assert type(made) is type(tiny_llama().get_submodule(part))
+
+
+def test_from_pretrained_of_a_made_class_gives_a_plain_model(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    made = type(adapted()).from_pretrained(tmp_path)
+    assert same_logits(made, tiny_llama())
+
+
+@grid(way=["deepcopy", "torch.save"])
+def test_a_copy_of_a_model_with_a_trained_head_is_independent(way, tmp_path):
+    model = trained_classifier()
+    other = copy.deepcopy(model)
+    if way == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    with unchanged(model), torch.no_grad():
+        for parameter in trained(other).values():
+            parameter.add_(1.0)
+    with disable_adapters(other):
+        assert same_logits(other, classifier())
+
+
 @grid(way=COPIES)
 def test_a_copy_gives_the_same_also_after_a_training_step(way):
     model = adapted()
@@ -1769,6 +2092,7 @@ def test_disabling_a_copy_leaves_the_original_enabled(way):
         assert torch.equal(logits(model), expected)
 
 
+# ------------------------------------------------------------------------------ threads, promise 13
 @grid(mode=["token", "mean"])
 def test_threads_that_call_one_model_at_the_same_time_do_not_mix(mode):
     model = adapted(rep_mode=mode)
@@ -1783,7 +2107,103 @@ def test_threads_that_call_one_model_at_the_same_time_do_not_mix(mode):
     assert_close(together, alone * 10, **CLOSE)
 
 
-# -------------------------------------------------- optimizer steps by the plain Trainer, promise 5
+# --------------------------------------------------------------------- devices and hooks, promise 7
+@grid(mode=REP_MODES, first=[0, 1])
+def test_a_model_over_several_devices_uses_one_in_each_operator(mode, first):
+    model = spread(adapted(rep_mode=mode), first).train()
+    inputs = left_padded()
+    with LikeAGpu():
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        if first == 0:  # no gradient comes back from meta
+            loss.backward()
+        update_router_centers(model)
+        model.eval()(**inputs)
+
+
+def test_an_adapter_is_loaded_into_a_model_over_several_devices(tmp_path):
+    save_adapter(adapted(seed=5), tmp_path)
+    model = load_adapter(spread(adapted(), first=1), tmp_path)
+    values = model.model.layers[0].state_dict()
+    assert_same(values, adapted(seed=5).model.layers[0].state_dict())
+
+
+@grid(mode=REP_MODES)
+def test_a_model_that_is_offloaded_after_it_was_adapted_gives_what_it_gave(mode, tmp_path):
+    model = adapted(rep_mode=mode)
+    expected = model(**left_padded()).logits
+    here = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
+    places = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert_close(model(**left_padded()).logits, expected)
+
+
+@grid(how=["assign=True", "to_empty", "assignment"])
+def test_centers_move_after_a_model_came_from_meta(how):
+    model = adapted()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rope = {name: buffer.clone() for name, buffer in model.model.rotary_emb.named_buffers()}
+    model.to("meta")
+    if how == "to_empty":
+        model.to_empty(device="cpu")
+    if how == "assignment":
+        replace_tensors(model, state.get)
+    else:
+        model.load_state_dict(state, assign=how == "assign=True")
+    model.model.rotary_emb._buffers.update(rope)
+    batches = [batch(seed=seed) for seed in range(3)]
+    assert_same(train(model, batches)[1], train(adapted(), batches)[1])
+
+
+@grid(adapter=OWN_ADAPTERS)
+def test_a_model_moved_by_assignment_trains_where_it_is_now(adapter):
+    model = spread(adapted(adapter).train(), first=0, move=assign)
+    with LikeAGpu():
+        steps(model)
+
+
+STEERING = torch.linspace(-1.0, 1.0, 32)
+
+
+class Steer(ModelHook):
+    """accelerate's kind of hook, between a block's call and its forward."""
+
+    def pre_forward(self, module, hidden, *args, **kwargs):
+        return (hidden + STEERING, *args), kwargs
+
+
+def steered(how, mode):
+    """A model whose first block's input is changed by a hook."""
+    model = tiny_llama(use_cache=False)
+    block = model.model.layers[0]
+    if how == "accelerate, before":
+        add_hook_to_module(block, Steer())
+    adapted(base=model, rep_mode=mode)
+    if how == "accelerate, after":
+        add_hook_to_module(block, Steer())
+    if how == "torch":
+        block.register_forward_pre_hook(lambda module, args: (args[0] + STEERING, *args[1:]))
+    return model
+
+
+HOOKS = ["accelerate, before", "accelerate, after", "torch"]
+
+
+@grid(how=HOOKS, mode=["token", "last"], checkpointing=CHECKPOINTING)
+def test_a_block_routes_what_its_forward_sees_whatever_a_hook_changes(how, mode, checkpointing):
+    model = checkpointed(steered(how, mode), checkpointing)
+    plain = adapted(base=tiny_llama(use_cache=False), rep_mode=mode)
+
+    def shifted(input_ids, **given):
+        embeddings = plain.get_input_embeddings()(input_ids)
+        return plain(inputs_embeds=embeddings + STEERING, **given)
+
+    batches = [batch(seed=seed) for seed in range(2)]
+    expected = train(plain, batches, forward=shifted)
+    for found, right in zip(train(model, batches), expected, strict=True):
+        assert_same(found, right, **CLOSE)
+
+
+# --------------------------------------------------------------------- whose steps count, promise 5
 def test_the_plain_trainer_accumulates_like_one_batch(tmp_path):
     def centers_after(size, parts):
         torch.manual_seed(0)
@@ -1796,6 +2216,75 @@ def test_the_plain_trainer_accumulates_like_one_batch(tmp_path):
     whole = centers_after(size=8, parts=1)
     assert all_differ(whole, centers(adapted()))
     assert_same(centers_after(size=2, parts=4), whole, **LOOSE)
+
+
+def test_the_steps_of_a_critics_optimizer_move_no_centers():
+    model = adapted().train()
+    start = centers(adapted())
+    critic = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert_same(centers(steps(model, optimizer=critic)), start)
+    torch.optim.SGD(trained(model).values()).step()
+    assert all_differ(centers(model), start)
+
+
+@grid(frozen=[False, True])
+def test_a_second_adapted_model_moves_by_no_other_models_optimizer(frozen):
+    first = adapted().train()
+    second = adapted(seed=2).train()
+    optimizers = [sgd(model, lr=0.1) for model in (first, second)]
+    second.requires_grad_(not frozen)
+    start = centers(second)
+    for model in (second, first):
+        model(input_ids=batch(), labels=batch())
+    optimizers[0].step()
+    assert_same(centers(second), start)
+    optimizers[1].step()
+    assert all_differ(centers(second), start)
+
+
+def step_within(model, names):
+    """Gradients, noted as they are complete; those named have an optimizer that steps then."""
+    noted = {}
+    for name, parameter in plain_names(trained(model)).items():
+        optimizer = torch.optim.SGD([parameter], lr=0.05)
+
+        def step(parameter, name=name, optimizer=optimizer):
+            noted[f"{name} {len(noted)}"] = parameter.grad.clone()
+            if name in names:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(step)
+    return noted
+
+
+@grid(checkpointing=["wrapper", *CHECKPOINTING], of=["all parameters", "every second one"])
+def test_steps_inside_the_backward_pass_are_as_good_as_steps_after_it(checkpointing, of):
+    results = []
+    for within in (False, True):
+        model = adapted(base=tiny_llama(use_cache=False), ema_momentum=0.3).train()
+        weights = plain_names(trained(checkpointed(model, checkpointing)))
+        every = 1 if of == "all parameters" else 2
+        inside = list(weights)[::every] if within else []
+        after = [p for name, p in weights.items() if name not in inside]
+        noted = step_within(model, inside)
+        after = after or [nn.Parameter(torch.ones(1))]  # of nothing
+        steps(model, optimizer=torch.optim.SGD(after, lr=0.05))
+        model(input_ids=batch())  # before a training forward, at the latest, centers move
+        counts = {name: b for name, b in model.named_buffers() if name.endswith("steps")}
+        results.append(noted | plain_names(centers(model) | counts))
+    assert_same(*results, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_centers_move_by_an_optimizer_that_holds_parameters_flattened(lone_process):
+    expected = centers(steps(adapted(ema_momentum=0.3).train()))
+    model = adapted(ema_momentum=0.3).train()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    on_cpu = {"device_id": torch.device("cpu"), "ignored_states": frozen}
+    wrapped = FullyShardedDataParallel(model, use_orig_params=False, **on_cpu)
+    found = plain_names(centers(steps(wrapped)))
+    assert_same(found, expected, **CLOSE)
 
 
 # --------------------------------------------------------------------- several processes, promise 7
@@ -1815,16 +2304,8 @@ def two_processes(request, tmp_path_factory):
 
 def test_two_processes_end_with_the_same_on_both(two_processes):
     (first, second), _ = two_processes
-    for name in ("clustered", "gradients", "trained", "loaded"):
-        assert_same(first[name], second[name], **EXACT)
-
-
-def test_two_processes_cluster_the_points_of_both(two_processes):
-    clustered, model = two_processes[0][0]["clustered"], to_distribute()
-    with noted_calls(model, BLOCKS) as seen:
-        model(torch.cat(BATCHES))
-    again = naive_move(clustered, seen, momentum=0.0)
-    assert_same(again, clustered, **LOOSE)  # a fixed point of Lloyd
+    for name in ("gradients", "trained", "loaded"):
+        assert_same(first[name], second[name])
 
 
 def test_two_processes_stop_clustering_together_when_one_has_enough(two_processes):
@@ -1841,14 +2322,14 @@ def test_two_processes_have_the_gradients_and_centers_of_one_on_the_whole_batch(
 def test_two_processes_save_one_whole_adapter(two_processes):
     (first, _), folder = two_processes
     model = load_adapter(tiny_llama(), folder / "saved")
-    assert_same(trained(model) | centers(model), first["trained"], **EXACT)
+    assert_same(trained(model) | centers(model), first["trained"])
 
 
 def test_an_adapter_loads_into_a_sharded_model_or_is_refused_before_anything_changes(two_processes):
     (first, _), folder = two_processes
     other = load_adapter(tiny_llama(), folder / "other")
     expected = first["trained"] if first["refused"] else trained(other) | centers(other)
-    assert_same(first["loaded"], expected, **EXACT)
+    assert_same(first["loaded"], expected)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -1860,250 +2341,74 @@ def test_zero_has_the_parameters_and_centers_of_one_process_on_the_whole_batch(s
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     model = to_distribute()
     train(model, BATCHES)
-    assert_same(first, second, **EXACT)
+    assert_same(first, second)
     assert_same(first, trained(model) | centers(model), **CLOSE)
     saved = load_adapter(tiny_llama(), tmp_path / "saved")
-    assert_same(first, trained(saved) | centers(saved), **EXACT)
+    assert_same(first, trained(saved) | centers(saved))
 
 
-# --------------------------------------------------------------- blocks and projections: every type
-EVERY = pytest.mark.parametrize("model_type", sorted(TYPES.keys() - UNROUTABLE), scope="module")
-# Blocks, where the config counts something else.
-DEPTH = {"hrm_text": 4, "longcat_flash": 2, "mllama": 2}
+def rank_of_two(rank, folder):
+    """One of two processes with a seed and a loader of its own; its centers are saved."""
+    join(folder, rank, of=2)
+    base = tiny_llama()
+    torch.manual_seed(100 + rank)
+    model = apply_monkeyjump(base, top_k=1, jitter_noise=0.1)
+    found = {"at apply": centers(model)}
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+    mine = [{"input_ids": batch(seed=10 * rank + index)} for index in range(3 + 3 * rank)]
+    init_router_centers(model, mine, kmeans_iters=50)
+    found["after k-means"] = centers(model)
+    train(model, [batch(seed=rank), batch(seed=2 + rank)])
+    found["after training"] = centers(model)
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def number_of_blocks(model, model_type):
-    """By the config, without the blocks that have no token mixer (nemotron_h)."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layers_block_type", [])
-    blocks = DEPTH.get(model_type, config.num_hidden_layers)
-    return blocks - sum(kind in ("mlp", "moe") for kind in kinds)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The centers of two ranks at three moments."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(rank_of_two, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@EVERY
-def test_on_every_architecture_the_language_models_blocks_are_routed_and_no_others(model_type):
-    model = base_of(model_type)
-    unless_base_fails(lambda: logits(model, text_inputs(model)))
-    found = experts_of(apply_monkeyjump(model, top_k=1))
-    assert not re.search("vision|visual|audio|qformer|perceiver", " ".join(found))
-    assert len(found) == number_of_blocks(model, model_type), sorted(found)
+@OLD_TORCH
+@grid(when=["at apply", "after k-means", "after training"])
+def test_ranks_with_other_seeds_and_unequal_loaders_have_the_same_centers(when, two_ranks):
+    assert_same(two_ranks[0][when], two_ranks[1][when])
 
 
-@EVERY
-def test_on_every_architecture_new_adapters_change_nothing_and_go_without_a_trace(model_type):
-    model = base_of(model_type)
-    inputs, names = text_inputs(model), list(model.state_dict())
-    expected = unless_base_fails(lambda: logits(model, inputs))
-    apply_monkeyjump(model, top_k=1)
-    with noted_calls(model, adapted_paths(model)) as seen:
-        # No stricter than the base model is with itself: falcon_mamba's scan differs by 2e-7.
-        assert_close(logits(model, inputs), expected, atol=1e-5, rtol=0)
-    remove_monkeyjump(model)
-    for path, calls in seen.items():
-        assert calls, f"{path} was never called"
-        for (x, *_), output in calls:  # each projection bit for bit
-            assert torch.equal(model.get_submodule(path).forward(x), output), path
-    assert_close(logits(model, inputs), expected, atol=1e-5, rtol=0)
-    assert list(model.state_dict()) == names
+@OLD_TORCH
+def test_kmeans_takes_of_each_rank_as_many_batches_as_the_shortest_has(two_ranks):
+    base = tiny_llama()
+    clustered = two_ranks[0]["after k-means"]
+    with noted_calls(base, BLOCKS) as seen:
+        base(torch.cat([batch(seed=seed) for seed in (0, 1, 2, 10, 11, 12)]))
+    assert_same(naive_move(clustered, seen, 0.0), clustered, **LOOSE)
 
 
-def adapted_paths(model):
-    """A pattern that matches the projections that carry an adapter."""
-    paths = []
-    for path, module in model.named_modules():
-        if isinstance(getattr(module, "monkeyjump", None), mj.Adapter):
-            paths.append(f"^{re.escape(path)}$")
-    return "|".join(paths)
+def test_data_parallel_is_refused_at_its_own_call():
+    with pytest.raises((RuntimeError, ValueError), match="DataParallel.*torchrun"):
+        adapted()._replicate_for_data_parallel()
 
 
-@EVERY
-def test_on_every_architecture_all_adapters_train_and_nothing_else_does_and_are_saved(
-    model_type, tmp_path
-):
-    model = base_of(model_type)
-    inputs = text_inputs(model, tokens=16)
-    unless_base_fails(lambda: model.train()(**inputs))
-    with record_routing(gently_adapted(model)) as counts:
-        assert_all_train(model, inputs)
-    assert [path for path, count in counts.items() if count.sum() == 0] == []
-    assert_saved_and_loaded(model, tiny_model(model_type), inputs, tmp_path)
+def test_a_model_inside_data_parallel_is_refused():
+    with pytest.raises(ValueError, match="torchrun"):
+        apply_monkeyjump(nn.DataParallel(tiny_llama()))
 
 
-@EVERY
-def test_on_every_architecture_padding_is_invisible(model_type):
-    model = base_of(model_type)
-    inputs, padded = text_inputs(model), {}
-    for name, tensor in inputs.items():
-        padded[name] = F.pad(tensor, (3, 0), value=5 if name == "input_ids" else 0)
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    expected = unless_base_fails(lambda: logits(model, inputs))
-    base = unless_base_fails(lambda: logits(model, padded))
-    if not torch.allclose(base[:, 3:], expected, atol=1e-5):
-        pytest.skip("sees padding without adapters, too")
-    for rep_mode in ("token", "last", "mean"):
-        gently_adapted(model, rep_mode=rep_mode, temperature=0.1)
-        found, expected = logits(model, padded)[:, 3:], logits(model, inputs)
-        assert_close(found, expected, **NEAR)
-        remove_monkeyjump(model)
-
-
-@EVERY
-def test_on_every_architecture_all_modes_generate_and_the_cache_does_not_matter(model_type):
-    model = base_of(model_type)
-    inputs = text_inputs(model)
-    inputs["attention_mask"][0, :3] = 0
-    base = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=True))
-    uncached = unless_base_fails(lambda: generated_logits(model, inputs, use_cache=False))
-    if not torch.allclose(base, uncached, atol=2e-6):  # those that see all tokens, by little
-        pytest.skip("its cache changes its logits without adapters, too")
-    for rep_mode in ("token", "last", "mean"):
-        gently_adapted(model, rep_mode=rep_mode, top_k=1)
-        found = generated_logits(model, inputs, use_cache=True)
-        assert found.isfinite().all()
-        assert not torch.equal(found, base)
-        other = None
-        if rep_mode == "token":
-            other = {"use_cache": False}
-        elif model_type in ("qwen2", "gemma2", "gemma3", "mistral"):
-            other = {"cache_implementation": "static"}
-        if other is not None:
-            expected = generated_logits(model, inputs, **{"use_cache": True, **other})
-            assert_close(found, expected, atol=1e-3, rtol=1e-3)
-        remove_monkeyjump(model)
-
-
-@EVERY
-def test_on_every_architecture_checkpointing_does_not_change_the_gradients(model_type):
-    model, other = base_of(model_type).train(), base_of(model_type).train()
-    inputs = text_inputs(model)
-    if not model.supports_gradient_checkpointing:
-        pytest.skip("does not support gradient checkpointing")
-    if "zamba" in model_type:
-        pytest.skip("has checkpoints inside its blocks, which are refused")
-    other.requires_grad_(False).enable_input_require_grads()
-    for rep_mode, reentrant in (("token", False), ("mean", True)):
-        other.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        unless_base_fails(lambda: gradients(other, inputs))
-        for each in (model, other):
-            gently_adapted(each, rep_mode=rep_mode, top_k=1)
-        assert_near(gradients(other, inputs), gradients(model, inputs))
-        for each in (model, other):
-            remove_monkeyjump(each)
-
-
-def test_nearly_all_architectures_are_tried():
-    """A test is skipped where the base model fails: that must not hide a builder that does."""
-    tried = 0
-    for model_type in sorted(TYPES.keys() - UNROUTABLE):
-        with contextlib.suppress(Exception):
-            model = tiny_model(model_type)
-            logits(model, text_inputs(model))
-            tried += 1
-    assert tried > 0.75 * len(TYPES)
-
-
-@pytest.mark.parametrize("model_type", sorted(UNROUTABLE))
-def test_what_cannot_be_routed_is_refused_and_never_routed_wrongly(model_type):
-    model = base_of(model_type).train()
-    with pytest.raises(ValueError, match="block|projection|encoder-decoder"):
-        gradients(apply_monkeyjump(model), text_inputs(model))
-
-
-# --------------------------------------------------- blocks and projections: images, video, the odd
-VISION_BLOCKS = {
-    "llava": "CLIPEncoderLayer",
-    "gemma3": "SiglipEncoderLayer",
-    "idefics3": "Idefics3EncoderLayer",
-    "qwen2_vl": "Qwen2VLVisionBlock",
-    "qwen3_vl": "Qwen3VLVisionBlock",
-}
-
-
-@grid(model_type=list(VISION_BLOCKS), part=["language", "vision"], rep_mode=["token", "mean"])
-def test_vision_language_models_train_on_images_in_whichever_part_is_named(
-    model_type, part, rep_mode, tmp_path
-):
-    model, name = base_of(model_type), VISION_BLOCKS[model_type]
-    inputs, blocks = image_inputs(model), None
-    unless_base_fails(lambda: gradients(model, inputs))
-    if part == "vision":  # without the last block, which llava leaves out
-        count = sum(type(module).__name__ == name for module in model.modules()) - 1
-        blocks = {name: list(range(count))}
-    gently_adapted(model, blocks=blocks, rep_mode=rep_mode)
-    assert {".vis" in path for path in experts_of(model)} == {part == "vision"}
-    assert_all_train(model, inputs)
-    assert_saved_and_loaded(model, tiny_model(model_type), inputs, tmp_path)
-
-
-@grid(model_type=["qwen2_5_vl", "llava_onevision", "llava_next_video"], rep_mode=["token", "mean"])
-def test_video_trains_a_step_decodes_and_reloads(model_type, rep_mode, tmp_path):
-    model = base_of(model_type)
-    inputs = video_inputs(model)
-    unless_base_fails(lambda: gradients(model, inputs))
-    gently_adapted(model, rep_mode=rep_mode)
-    start = centers(model)
-    assert_all_train(model, inputs)
-    by_sgd(model)()
-    assert all_differ(centers(model), start)
-    model.zero_grad()
-    decoded = generated_logits(model.eval(), inputs)
-    assert_saved_and_loaded(model, tiny_model(model_type), inputs, tmp_path)
-    again = load_adapter(tiny_model(model_type), tmp_path)
-    assert_close(generated_logits(again, inputs), decoded, **CLOSE)
-
-
-def keep_forward_on_the_instances(model):
-    """As transformers 5.0 leaves it, once it has been asked for hidden states."""
-    for block in model.model.layers:
-        block.forward = type(block).forward.__get__(block)
-
-
-def test_a_block_is_routed_although_its_forward_lies_on_the_instance():
+@grid(how=["DTensor", "size alone"])
+def test_a_tensor_parallel_base_is_refused_in_words_that_name_it(how, lone_process):
     model = tiny_llama()
-    keep_forward_on_the_instances(model)
-    assert_all_train(gently_adapted(model))
-
-
-def test_a_block_is_the_bases_again_although_its_forward_lies_on_the_instance():
-    model = adapted()
-    keep_forward_on_the_instances(model)
-    assert same_logits(remove_monkeyjump(model), tiny_llama())
-
-
-def test_blocks_of_shared_adapters_alone_are_adapted_and_not_routed():
-    model, path = tiny_model("jamba"), "model.layers.0.mamba.out_proj"
-    adapted(base=model, linears="q_proj", shared_expert=["mamba.out_proj", "o_proj"], top_k=1)
-    assert experts_of(model) == {"model.layers.1": ["self_attn.q_proj"]}
-    with noted_calls(model, f"{path}$") as seen:
-        assert_all_train(model, text_inputs(model))
-    (x, *_), found = seen[path][-1]
-    layer = model.get_submodule(path)
-    own = layer.monkeyjump
-    expected = x @ layer.weight.T + 8.0 * x @ own.lora_A.T @ own.lora_B.T  # 8: alpha / r
-    assert_close(found, expected)
-
-
-@grid(adapter=OWN_ADAPTERS)
-def test_on_a_quantised_base_new_adapters_change_nothing(adapter):
-    model = apply_monkeyjump(quantised_llama(), adapter=adapter)
-    assert same_logits(model, quantised_llama())
-
-
-@grid(adapter=OWN_ADAPTERS)
-def test_on_a_quantised_base_adapters_train_and_are_saved(adapter, tmp_path):
-    model = adapted(adapter, quantised_llama(), top_k=4)
-    assert_all_train(model)
-    packed = {n: p for n, p in model.named_parameters() if n.endswith("q_proj.weight")}
-    assert {p.dtype for p in packed.values()} == {torch.uint8}
-    assert_saved_and_loaded(model, quantised_llama(), TEXT, tmp_path)
-
-
-@grid(bits=[8, 4])
-def test_a_base_of_bitsandbytes_is_adapted(bits):
-    model = apply_monkeyjump(quantised_llama(bits))
-    assert same_logits(model, quantised_llama(bits))
-    assert_all_train(adapted(base=quantised_llama(bits), top_k=4))
+    plan = {"model.layers.*.self_attn.q_proj": parallel.ColwiseParallel()}
+    if how == "DTensor":
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        parallel.parallelize_module(model, mesh, plan)
+    else:  # as transformers leaves it where weights are plain parts
+        model._tp_size = 2
+    with pytest.raises(ValueError, match="(?i)tensor.parallel|tp_plan"):
+        apply_monkeyjump(model)
 
 
 # ------------------------------------------------------------------- saving and loading, promise 11
@@ -2128,20 +2433,15 @@ def test_a_loaded_adapter_gives_the_same_as_the_saved_one(adapter, tmp_path):
     assert not same_logits(fresh.train(), model)
 
 
-@grid(copy_is=["gone", "nonsense", "another config"])
-def test_nothing_reads_the_copy_back(copy_is, tmp_path):
+def test_nothing_reads_the_copy_back(tmp_path):
     save_adapter(adapted(**SAVED), tmp_path)
-    text = (tmp_path / COPY).read_text()
-    if copy_is == "gone":
-        (tmp_path / COPY).unlink()
-    else:
-        other = text.replace('"mean"', '"token"') if copy_is == "another config" else "{"
-        (tmp_path / COPY).write_text(other)
-    assert torch.equal(logits(load_adapter(tiny_llama(), tmp_path)), logits(adapted(**SAVED)))
+    (tmp_path / COPY).write_text("{}")
+    assert same_logits(load_adapter(tiny_llama(), tmp_path), adapted(**SAVED))
 
 
 def test_an_adapter_is_loaded_into_a_model_that_has_the_same_options(tmp_path):
-    model, other = adapted(**SAVED), adapted(seed=5, **SAVED).train()
+    model = adapted(**SAVED)
+    other = adapted(seed=5, **SAVED).train()
     save_adapter(model, tmp_path)
     other(batch())
     load_adapter(other, tmp_path)
@@ -2159,34 +2459,24 @@ def test_an_adapter_is_refused_by_a_model_that_has_other_options(tmp_path):
 def test_a_kill_at_any_moment_of_saving_leaves_the_old_adapter_or_the_new(tmp_path):
     models = [adapted(), adapted(seed=5, temperature=0.2)]
     expected = [logits(model) for model in models]
-    folder, killed, loaded = tmp_path / "adapter", tmp_path / "killed", []
+    folder = tmp_path / "adapter"
+    killed = tmp_path / "killed"
+    loaded = []
     save_adapter(models[0], folder)
     with noted_states(folder) as states:
         save_adapter(models[1], folder)
-    for number, files in enumerate(states):
-        left = killed / str(number)
-        left.mkdir(parents=True)
+    for files in states:
+        shutil.rmtree(killed, ignore_errors=True)
+        killed.mkdir()
         for name, content in files.items():
-            (left / name).write_bytes(content)
-        found = logits(load_adapter(tiny_llama(), left))
+            (killed / name).write_bytes(content)
+        found = logits(load_adapter(tiny_llama(), killed))
         loaded.append([torch.equal(found, each) for each in expected].index(True))
+        save_adapter(models[0], killed)  # what is left behind goes with the next saving
+        assert sorted(path.name for path in killed.iterdir()) == [COPY, WEIGHTS]
     assert len(states) >= 4
     assert loaded == sorted(loaded)
     assert set(loaded) == {0, 1}
-
-
-def test_what_a_kill_left_behind_goes_with_the_next_saving(tmp_path):
-    folder, killed = tmp_path / "adapter", tmp_path / "killed"
-    for each in (folder, killed):
-        each.mkdir()
-    with noted_states(folder) as states:
-        save_adapter(adapted(), folder)
-    left = {name: content for files in states for name, content in files.items()}
-    for name, content in left.items():
-        (killed / name).write_bytes(content)
-    save_adapter(adapted(), killed)
-    assert len(left) > 2
-    assert sorted(path.name for path in killed.iterdir()) == [COPY, WEIGHTS]
 
 
 A = "model.layers.1.self_attn.q_proj.monkeyjump.lora_A"
@@ -2214,14 +2504,17 @@ WRONG_CONTENT = {
 
 
 def truncate(file):
+    """As after a full disk."""
     file.write_bytes(file.read_bytes()[:-10])
 
 
 def pickle_instead(file):
+    """What would run code if it were unpickled."""
     file.write_bytes(b"cos\nabort\n(tR.")
 
 
 def without_a_config(file):
+    """Tensors alone, as other libraries write them."""
     save_file(load_file(file), file)
 
 
@@ -2241,6 +2534,168 @@ def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(damage, tmp_pa
     save_adapter(adapted(), tmp_path)
     damage(tmp_path / WEIGHTS)
     assert_refused(tmp_path, WEIGHTS)
+
+
+def test_a_base_model_with_an_adapter_in_its_folder_is_still_a_base_model(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    save_adapter(adapted(), tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert same_logits(base, tiny_llama())
+
+
+def pruned(model, numbers):
+    """After these steps, each with AdaLoRA's schedule where it applies."""
+    for number in numbers:
+        gradients = train(model, [batch(seed=number)])[0]
+        for name, parameter in trained(model).items():
+            parameter.grad = gradients[name]
+        if "lora_E" in str(gradients.keys()):
+            allocate_ranks(model, number, 9, target_rank=1.0, interval=2)
+    return model
+
+
+@grid(adapter=OWN_ADAPTERS)
+def test_an_adapter_holds_all_that_a_resumed_run_needs(adapter, tmp_path):
+    settings = {"adapter": adapter, "update_every": 2, "update_until": 4}
+    whole = pruned(adapted(**settings), range(1, 7))
+    save_adapter(pruned(adapted(**settings), range(1, 4)), tmp_path)
+    resumed = pruned(load_adapter(tiny_llama(), tmp_path), range(4, 7))
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_folder_of_the_format_before_this_one_is_refused_in_words(tmp_path):
+    tensors = {"model.layers.0.self_attn.q_proj.monkeyjump.lora_A": torch.ones(2, 32)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"config": "{}"})
+    model = tiny_llama()
+    message = r"adapter_model\.safetensors.*(before|older)"
+    with refused(model, message):
+        load_adapter(model, tmp_path)
+
+
+def test_the_id_of_a_repository_is_refused_with_what_to_do_instead():
+    model = tiny_llama()
+    message = "someone/some-adapter.*snapshot_download"
+    with refused(model, message):
+        load_adapter(model, "someone/some-adapter")
+
+
+# Names of the model, of its parts, of its projections are others in these types' checkpoints.
+RENAMED = dict.fromkeys(["llava", "qwen2_5_vl", "internvl", "exaone", "gpt2"], {})
+RENAMED["llava, both"] = {"blocks": {"CLIPEncoderLayer": [0], "LlamaDecoderLayer": [0, 1]}}
+RENAMED["llava, a norm"] = {"modules_to_save": ["language_model.norm"]}
+
+
+class Keep(transformers.TrainerCallback):
+    """What the model was at its first checkpoint."""
+
+    state = None
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.state = self.state or copy.deepcopy(model.state_dict())
+
+
+def trained_plainly(name, folder, seed, resume=None, **settings):
+    """A Trainer and its first checkpoint, after four steps with a checkpoint at every second."""
+    base = tiny_model(name.partition(",")[0])
+    keep = Keep()
+    torch.manual_seed(seed)
+    model = apply_monkeyjump(base, top_k=1, update_every=3, **RENAMED[name])
+    rows = [{"input_ids": row, "labels": row} for row in batch(16)]
+    args = trainer_arguments(folder, max_steps=4, save_steps=2, learning_rate=1e-2, **settings)
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=[keep])
+    trainer.train(resume_from_checkpoint=resume)
+    return model.state_dict(), keep.state
+
+
+@grid(name=list(RENAMED))
+def test_a_resumed_plain_trainer_ends_as_an_uninterrupted_one(name, tmp_path):
+    whole, _ = trained_plainly(name, tmp_path, seed=5)
+    resumed, _ = trained_plainly(name, tmp_path, seed=6, resume=f"{tmp_path}/checkpoint-2")
+    assert_same(resumed, whole)
+
+
+@grid(name=list(RENAMED))
+def test_a_plain_trainer_loads_its_best_model_at_the_end(name, tmp_path):
+    settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the first one's
+    ended, first = trained_plainly(name, tmp_path, seed=5, **settings)
+    assert_same(ended, first)
+
+
+@grid(path=["somewhere.else", "language_model.layers.7", "model.layers.0.mlp.up_proj"])
+def test_a_state_dict_with_our_tensors_under_unplaceable_names_is_refused(path):
+    model = adapted()
+    name = f"{path}.monkeyjump.lora_A"
+    state = {name: torch.ones(2, 32), "lm_head.weight": torch.ones(50, 32)}
+    with unchanged(model), pytest.raises((RuntimeError, ValueError), match=re.escape(name)):
+        model.load_state_dict(state, strict=False)
+
+
+def test_loading_something_else_throws_no_statistics_away():
+    models = adapted(update_every=2).train(), adapted(update_every=2).train()
+    for model in models:
+        train(model, [batch()])
+    models[0].load_state_dict({"lm_head.weight": models[0].lm_head.weight}, strict=False)
+    for model in models:
+        train(model, [batch(seed=4)])
+    assert_same(centers(models[0]), centers(models[1]))
+
+
+# ---------------------------------------------------------------------------- observing the routing
+def naive_counts(own, hidden, mode, mask):
+    """How many real representations are nearest to each expert's own center, one by one."""
+    counts = torch.zeros(len(own))
+    for sequence, real in zip(hidden, mask.bool().tolist(), strict=True):
+        found = naive_representation(sequence, mode, real, None)
+        for t in [t for t in range(9) if real[t]] if mode == "token" else [0]:
+            counts[(own.double() @ naive_unit(found[t])).argmax()] += 1
+    return counts
+
+
+def totals(counts):
+    """How many representations were counted, by block."""
+    return [int(count.sum()) for count in counts.values()]
+
+
+@grid(mode=["token", "mean", "last"], training=[False, True], checkpointing=CHECKPOINTING)
+def test_recorded_counts_are_those_of_a_naive_loop(mode, training, checkpointing):
+    model = adapted(base=tiny_llama(use_cache=False), rep_mode=mode, jitter_noise=0.9)
+    checkpointed(model, checkpointing).train(training)
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    with noted_calls(model, r"input_layernorm$") as seen, record_routing(model) as counts:
+        model(input_ids=batch(), attention_mask=mask, labels=batch()).loss.backward()
+    assert len(counts) == 2
+    for path, found in counts.items():
+        hidden = seen[f"{path}.input_layernorm"][0][0][0].detach()
+        own = model.get_submodule(path).monkeyjump.centers
+        assert_close(found.float(), naive_counts(own, hidden, mode, mask))
+
+
+def test_recorded_counts_are_of_this_threads_forwards_within_the_context():
+    model = adapted()
+    with record_routing(model) as counts, ThreadPoolExecutor(1) as pool:
+        pool.submit(model, batch()).result()
+        model(batch(1, 5))
+        model(batch(1, 2))
+    model(batch())
+    assert totals(counts) == [7, 7]
+
+
+@grid(mode=["token", "mean"])
+def test_a_recorded_generation_counts_what_was_routed_and_not_what_was_kept(mode):
+    model = adapted(rep_mode=mode)
+    with record_routing(model) as counts:
+        model.generate(batch(), max_new_tokens=4, do_sample=False, suppress_tokens=[0])
+    assert totals(counts) == [2 * (9 + 3) if mode == "token" else 2] * 2
+
+
+@OLD_TORCH
+def test_recording_under_compile_is_refused_in_words():
+    torch._dynamo.reset()
+    model = adapted()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with record_routing(model), pytest.raises(Exception, match="observed under torch.compile"):
+        compiled(batch())
 
 
 # -------------------------------------------------------------------------- PEFT's adapters, routed
@@ -2265,19 +2720,10 @@ def test_any_routed_peft_method_disabled_is_the_base(method, by_peft):
         assert same_logits(fast, tiny_llama())
 
 
-@grid(bits=[8, 4])
-def test_pefts_adapters_on_a_base_of_bitsandbytes_are_routed(bits):
-    model = peft_llama(base=quantised_llama(bits))
-    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    assert "bnb" in type(layer).__module__
-    fast = routed(model)
-    slow = routed_slowly(model, fast)
-    assert_near(gradients(fast), gradients(slow), tolerance=0.1)
-    assert_close(logits(fast), logits(slow), atol=0.03, rtol=0.03)
-
-
-def test_pefts_adapters_are_routed_as_such_or_not_at_all():
-    for model, adapter in ((tiny_llama(), "peft"), (peft_llama(), "lora")):
+def test_pefts_adapters_are_routed_as_such_and_unmerged_or_not_at_all():
+    merged = peft_llama()
+    merged.merge_adapter()
+    for model, adapter in ((tiny_llama(), "peft"), (peft_llama(), "lora"), (merged, "peft")):
         with pytest.raises(ValueError, match="PEFT"):
             apply_monkeyjump(model, adapter=adapter)
 
@@ -2288,12 +2734,9 @@ def partly_routed():
     return peft_llama(target_modules=targets, modules_to_save=["lm_head"])
 
 
-def test_what_peft_left_alone_is_not_routed():
-    assert list(experts_of(routed(partly_routed()))) == ["base_model.model.model.layers.1"]
-
-
-def test_pefts_adapters_are_disabled_outside_the_blocks_too():
+def test_what_peft_left_alone_is_not_routed_and_what_it_adapted_elsewhere_is_disabled():
     fast = routed(partly_routed())
+    assert list(experts_of(fast)) == ["base_model.model.model.layers.1"]
     with disable_adapters(fast):
         assert same_logits(fast, tiny_llama())
 
@@ -2304,13 +2747,6 @@ def test_routed_adapters_are_never_merged(way):
     merge = functools.reduce(getattr, way.split("."), fast)
     with refused(fast, "merged"):
         merge()
-
-
-def test_adapters_that_peft_merged_are_refused():
-    model = peft_llama()
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merge"):
-        apply_monkeyjump(model, adapter="peft")
 
 
 def test_removing_the_routing_gives_pefts_model_back_which_merges():
@@ -2353,7 +2789,7 @@ def test_checkpointing_a_routed_peft_model_changes_nothing(method, reentrant):
     assert_near({name: p.grad for name, p in trained(other).items()}, gradients(plain))
     for model in (plain, other):
         update_router_centers(model)
-    assert_same(centers(other), centers(plain))
+    assert_same(centers(other), centers(plain), **CLOSE)
 
 
 def test_routed_adapters_disabled_in_one_thread_are_enabled_in_another():
@@ -2366,7 +2802,8 @@ def test_routed_adapters_disabled_in_one_thread_are_enabled_in_another():
 
 @grid(method=["LoRA", "IA3"])
 def test_a_routed_peft_model_is_saved_and_loaded_beside_peft(method, tmp_path):
-    peft, fast = pytest.importorskip("peft"), routed(peft_llama(method), shared_expert="o_proj")
+    peft = pytest.importorskip("peft")
+    fast = routed(peft_llama(method), shared_expert="o_proj")
     init_router_centers(fast, [TEXT], kmeans_iters=2)
     fast.save_pretrained(tmp_path)
     save_adapter(fast, tmp_path)
@@ -2377,7 +2814,8 @@ def test_a_routed_peft_model_is_saved_and_loaded_beside_peft(method, tmp_path):
 
 
 def test_an_adapter_that_transformers_added_is_routed_saved_and_loaded(tmp_path):
-    model, again = tiny_llama(), tiny_llama()
+    model = tiny_llama()
+    again = tiny_llama()
     unless_base_fails(lambda: model.add_adapter(peft_config()))  # PEFT may be too old
     fast = routed(shaken(model), shared_expert="o_proj")
     assert_routed(fast, model)
@@ -2403,8 +2841,8 @@ def test_routed_peft_adapters_train_under_autocast(method, dtype):
     assert [name for name, gradient in found.items() if not gradient.isfinite().all()] == []
 
 
-# -------------------------------------------------------------------- adapters of your own, and TRL
-class Bottleneck(mj.Adapter):
+# -------------------------------------------------------------------- adapters of your own
+class Bottleneck(Adapter):
     """Houlsby et al. 2019, beside the projection: delta(x) = U relu(D x)."""
 
     def __init__(self, in_features, out_features, config, device):
@@ -2425,7 +2863,8 @@ def own_adapters(monkeypatch):
 
 
 def test_a_users_own_adapter_starts_as_the_identity_and_goes_again(own_adapters):
-    model, expected = apply_monkeyjump(tiny_llama(), adapter=Bottleneck), logits(tiny_llama())
+    model = apply_monkeyjump(tiny_llama(), adapter=Bottleneck)
+    expected = logits(tiny_llama())
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(remove_monkeyjump(shaken(model))), expected)
 
@@ -2441,44 +2880,15 @@ def test_a_users_own_adapter_is_weighted_by_its_gate_and_by_nothing_else(own_ada
     assert_close(y, expected, **CLOSE)
 
 
-@grid(dtype=[torch.float32, torch.bfloat16])
-def test_a_users_own_adapter_trains(dtype, own_adapters):
-    base = tiny_llama().to(dtype)
+def test_a_users_own_adapter_trains_and_is_loaded_where_it_is_known(tmp_path, own_adapters):
+    base = tiny_llama().bfloat16()
     assert_all_train(shaken(apply_monkeyjump(base, adapter=Bottleneck, top_k=4)))
-
-
-def test_a_users_own_adapter_is_saved_and_loaded_where_it_is_known(tmp_path, own_adapters):
     model = shaken(apply_monkeyjump(tiny_llama(), adapter=Bottleneck, top_k=4))
+    assert_all_train(model)
     assert_saved_and_loaded(model, tiny_llama(), TEXT, tmp_path)
     del own_adapters["Bottleneck"]  # another process
     with pytest.raises(ValueError, match="Bottleneck"):
         load_adapter(tiny_llama(), tmp_path)
-
-
-@grid(adapter=["lora", "peft"])
-def test_trls_dpo_trains_adapters_and_centers_alone_with_checkpointing(adapter, tmp_path):
-    trainer = dpo_trainer(adapter, tmp_path)
-    before = values_of(trainer.model)
-    trainer.train()
-    after = trainer.model.state_dict()
-    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
-    assert [name for name in changed if not re.search("lora_|monkeyjump", name)] == []
-    kinds = re.findall(r"lora_B|centers|steps", " ".join(changed))
-    assert set(kinds) == {"lora_B", "centers", "steps"}
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the policy is the reference
-
-
-@grid(adapter=["lora", "peft"])
-def test_trls_dpo_takes_its_reference_from_the_base_model(adapter, tmp_path):
-    trainer = dpo_trainer(adapter, tmp_path)
-    rows = next(iter(trainer.get_train_dataloader()))
-    inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
-    base = logits(byte_llama(), inputs).log_softmax(dim=-1)[:, :-1]
-    base = base.gather(2, rows["input_ids"][:, 1:, None])[..., 0]
-    expected = (base * (rows["completion_mask"][:, 1:] != 0)).sum(dim=1)
-    found = torch.cat(trainer.compute_ref_log_probs(trainer.model, rows))
-    assert_close(found, expected, **NEAR)
 
 
 # ------------------------------------------------------------------------------- AdaLoRA's schedule
@@ -2492,7 +2902,8 @@ def peft_twin(model):
     peft = pytest.importorskip("peft")
     ranks = {"target_r": 2, "init_r": 4}
     config = peft.AdaLoraConfig(target_modules=PROJECTIONS, **ranks, **PEFT_SCHEDULE)
-    other, theirs = peft.get_peft_model(tiny_llama(), config).base_model, {}
+    other = peft.get_peft_model(tiny_llama(), config).base_model
+    theirs = {}
     for name, ours in trained(model).items():
         path, factor = name.split(".monkeyjump.")
         theirs[name] = getattr(other.model.get_submodule(path), factor)["default"]
@@ -2512,18 +2923,20 @@ def step_both(model, theirs, step):
 
 @grid(resumed=[False, True])
 def test_rank_allocation_is_that_of_peft_step_by_step(resumed):
-    model, pruned = adapted("adalora", rank=4), []
+    model = adapted("adalora", rank=4)
+    pruned = []
     other, theirs = peft_twin(model)
     for step in range(1, 15):
         if resumed and step == 6:
-            state, model = model.state_dict(), adapted("adalora", rank=4, seed=9)
+            state = model.state_dict()
+            model = adapted("adalora", rank=4, seed=9)
             model.load_state_dict(state)
         step_both(model, theirs, step)
-        mj.allocate_ranks(model, step, **OUR_SCHEDULE)
+        allocate_ranks(model, step, **OUR_SCHEDULE)
         last = {"force_mask": True} if step >= 11 else {}  # the final phase keeps its first choice
         other.rankallocator.update_and_allocate(other.model, step, **last)
         ours = trained(model)
-        assert_same(ours, {name: theirs[name].view_as(p) for name, p in ours.items()})
+        assert_same(ours, {name: theirs[name].view_as(p) for name, p in ours.items()}, **CLOSE)
         pruned.append(sum(int((p == 0).sum()) for p in ours.values()))
     assert pruned[:3] == [0, 0, 0]
     assert 0 < pruned[3] < 8 * 2
@@ -2538,25 +2951,24 @@ WRONG_SCHEDULES.append(("final_steps", 14))
 def test_a_schedule_that_cannot_be_is_refused(name, value):
     model = adapted("adalora", rank=4)
     with refused(model, name):
-        mj.allocate_ranks(model, 10, **{**OUR_SCHEDULE, name: value})
+        allocate_ranks(model, 10, **{**OUR_SCHEDULE, name: value})
 
 
 def test_ranks_of_another_adapter_are_refused():
     with pytest.raises(ValueError, match="for adapter='adalora'"):
-        mj.allocate_ranks(adapted("lora"), 1, 10, target_rank=1)
-
-
-def test_the_penalty_is_zero_for_orthonormal_factors():
-    assert mj.orthogonal_regularization(apply_monkeyjump(tiny_llama(), adapter="adalora")) < 1e-5
+        allocate_ranks(adapted("lora"), 1, 10, target_rank=1)
 
 
 def test_the_penalty_is_the_mean_distance_from_orthonormal_and_trains_the_factors():
-    model, norms = adapted("adalora"), []
+    start = apply_monkeyjump(tiny_llama(), adapter="adalora")
+    assert orthogonal_regularization(start) < 1e-5
+    model = adapted("adalora")
+    norms = []
     for name, p in trained(model).items():
         if p.dim() == 2:
             matrix = (p.T if name.endswith("A") else p).double()
             norms.append(float((matrix.T @ matrix - torch.eye(2)).pow(2).sum().sqrt()))
-    loss = mj.orthogonal_regularization(model)
+    loss = orthogonal_regularization(model)
     loss.backward()
     assert float(loss) == pytest.approx(sum(norms) / len(norms), rel=1e-5)
     assert {p.dim() for p in trained(model).values() if p.grad is not None} == {2}
@@ -2585,65 +2997,3 @@ def test_the_module_prints_nothing_but_what_a_name_says():
             if any(getattr(call.func, "id", "") == "print" for call in calls):
                 printing.add(function.name)
     assert printing == {"print_trainable_parameters"}
-
-
-def test_module_and_readme_are_as_short_as_promised():
-    assert Path(mj.__file__).stat().st_size <= 68_000
-    assert (HERE / "README.md").read_text().count("\n") <= 230
-
-
-class TinyHub:
-    """What README asks a hub for, made small: models, tokenizers, data, an adapter's folder."""
-
-    def __init__(self, folder, monkeypatch):
-        self.folder = folder
-        small = {
-            "AutoModelForCausalLM": byte_llama,
-            "AutoModelForImageTextToText": functools.partial(tiny_model, "llava"),
-            "AutoModelForSequenceClassification": self.classifier,
-            "AutoTokenizer": byte_tokenizer,
-            "AutoProcessor": self.processor,
-        }
-        for name, make in small.items():
-            loads = functools.partial(self.load, make)
-            monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loads)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.adapter)
-        monkeypatch.setattr(datasets, "load_dataset", self.rows)
-
-    @staticmethod
-    def load(make, *args, num_labels=None, **kwargs):
-        return make() if num_labels is None else make(num_labels)
-
-    @staticmethod
-    def classifier(num_labels=2):
-        config = byte_llama().config
-        config.num_labels = num_labels
-        return transformers.LlamaForSequenceClassification(config)
-
-    @staticmethod
-    def processor():
-        inputs = transformers.BatchFeature(image_inputs(tiny_model("llava")))
-        return mock.Mock(decode=str, **{"apply_chat_template.return_value": inputs})
-
-    @staticmethod
-    def rows(*args, **kwargs):
-        turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-        row = {"messages": turns, "prompt": "one", "completion": "two", "task": "counting"}
-        return datasets.Dataset.from_list(8 * [row])
-
-    def adapter(self, *args, **kwargs):
-        save_adapter(apply_monkeyjump(byte_llama()), self.folder)
-        return str(self.folder)
-
-
-def test_the_readmes_python_blocks_run_as_they_stand_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    TinyHub(tmp_path / "hub", monkeypatch)
-    Image.new("RGB", (16, 16)).save("photo.jpg")
-    readme = (HERE / "README.md").read_text()
-    names = {"train_dataset": rows_of(batch(8)), "dataloader": [TEXT]}
-    found = list(re.finditer(r"```python\n(.*?)```", readme, flags=re.DOTALL))
-    for block in found:
-        above = readme.count("\n", 0, block.start(1))  # so that errors name README's lines
-        exec(compile("\n" * above + block[1], "README.md", "exec"), names)
-    assert len(found) >= 3

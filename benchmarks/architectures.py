@@ -2,8 +2,8 @@
 
 python benchmarks/architectures.py > benchmarks/architectures.md     # four minutes on one core
 
-Run as a program it runs the tests of every architecture and prints which types pass them. The
-tests import its models: `tiny_model("llama")`, and what to call them with: `text_inputs(model)`,
+Run as a program it runs test_architectures.py and prints which types pass it. The tests import
+its models: `tiny_model("llama")`, and what to call them with: `text_inputs(model)`,
 `image_inputs(model)`, `video_inputs(model)`.
 """
 
@@ -69,7 +69,8 @@ LIMITS = {
     r"hidden_size|d_model|n_embd|dim_model|emb(ed|edding)?_(dim|size)|embed_proj": 32,
     r"projection_dim|adapter_(in|out)|lru_width|output_dim|proj_dims|d_inner|projector_": 32,
 }
-IMAGE, VIDEO = 90, 91  # the tokens that mark their places
+IMAGE = 90
+VIDEO = 91  # the tokens that mark their places
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOKENS |= {"image_token_id": IMAGE, "image_token_index": IMAGE}
 TOKENS |= {"video_token_id": VIDEO, "video_token_index": VIDEO}
@@ -293,7 +294,8 @@ def main() -> None:
     """Run the tests of every architecture, and print what they say."""
     sys.path.insert(0, str(ROOT))
     outcomes = Outcomes()
-    arguments = ["-q", "-p", "no:warnings", str(ROOT / "test_monkeyjump.py"), "-k", "on_every"]
+    tests = Path(__file__).with_name("test_architectures.py")
+    arguments = ["-q", "-p", "no:warnings", str(tests), "-k", "on_every"]
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main(arguments, [outcomes])
     passed, partly, never = sorted_out(outcomes.of_type)
