@@ -53,6 +53,7 @@ processor = AutoProcessor.from_pretrained({directory!r})
 
 Trained by TRL's SFTTrainer with {config}
 """
+PAYLOADS = {"image", "image_url", "video", "audio", "url", "path", "base64"}
 HUB_NAME = re.compile(r"(?!.*\.(jsonl?|csv|parquet|gguf)$)\w[\w.-]*(/[\w.-]+)?")  # not a path
 USED = {"messages", "prompt", "completion", "image", "images", "task", "tools"}
 MEDIA = re.compile(r"(Image|Video|Audio)\(|\.(png|jpe?g|webp|bmp|gif|mp4|mov|avi|mkv|wav|mp3)\W*$")
@@ -150,7 +151,8 @@ def load_processor(options):
     settings["trust_remote_code"] = options.trust_remote_code
     processor = transformers.AutoProcessor.from_pretrained(name, **settings)
     if not isinstance(processor, ProcessorMixin):
-        processor.chat_template = processor.chat_template or TEMPLATE
+        if processor.chat_template is None:
+            processor.chat_template = TEMPLATE
     return processor
 
 
@@ -178,7 +180,8 @@ def turns_of(row):
 def check_parts(parts):
     """ValueError for what a message holds beside text and marks of pictures, {"type": "image"}."""
     for part in parts:
-        if part["type"] not in ("text", "image") or part.keys() - {"type", "text"}:
+        held = {name for name, value in part.items() if value is not None}
+        if part["type"] not in ("text", "image") or held & PAYLOADS:
             raise ValueError(f"the {part['type']} in a message {UNUSED}")
 
 
@@ -236,8 +239,11 @@ def load_rows(options, processor, split=None):
     """The rows of all data sets, without those over the limit."""
     one = {"path": options.dataset_name, "name": options.dataset_config}
     one["split"] = options.dataset_train_split
+    mixture = list(options.datasets)
+    if options.dataset_name or not mixture:
+        mixture.append(one)
     parts = []
-    for config in trl.DatasetMixtureConfig(options.datasets or [one]).datasets:
+    for config in trl.DatasetMixtureConfig(mixture).datasets:
         if split:
             config.split = split
         parts.append(read_rows(config, options, processor))
@@ -400,7 +406,7 @@ def demonstration():
     config = transformers.LlamaConfig(**shape)
     transformers.LlamaForCausalLM(config).save_pretrained("demonstration/model")
     rows = []
-    for word in map("".join, itertools.permutations("abcdefgh", 4)):
+    for word in map("".join, itertools.permutations("abcdefg", 4)):
         for task, part in (("first", word[0]), ("head", word[:3]), ("odd", word[::2])):
             rows.append({"task": task, "prompt": f"{task} {word}:", "completion": part})
     Dataset.from_list(rows).to_json("demonstration/rows.jsonl")
