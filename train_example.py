@@ -388,7 +388,7 @@ def report(trainer, test):
         right = rows[0]["completion"][0]["content"]
         print(f"{line} {question!r} -> {answer(trainer, rows[0])!r}, right is {right!r}")
     apart = {block: torch.stack(rows).var(0, correction=0).max() for block, rows in shares.items()}
-    for block in sorted(apart, key=apart.get)[-2:]:  # where tasks differ most
+    for block in sorted(apart, key=apart.get, reverse=True)[:2]:  # where tasks differ most
         print(f"{block:20}", *trainer.model.get_submodule(block).monkeyjump.experts)
         for task, row in zip(test, shares[block], strict=True):
             print(f"{task:>20}", *(f"{share:.0%}" for share in row))
