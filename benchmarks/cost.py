@@ -296,19 +296,20 @@ def cache_argument(base: nn.Module) -> str:
 
 
 class Decoder:
-    """Decodes token after token, greedily, with a cache that grows."""
+    """Decodes token after token, greedily; a static cache gets no mask, since no size may grow."""
 
     def __init__(self, model: nn.Module, run: Callable, cache, name: str, prompt: Tensor):
         self.run = run
         self.cache = {name: cache, "use_cache": True}
-        self.mask = torch.ones_like(prompt)
+        self.mask = None if isinstance(cache, StaticCache) else torch.ones_like(prompt)  # [B, T]
         output = model(prompt, attention_mask=self.mask, logits_to_keep=1, **self.cache)
         self.token = output.logits[:, -1:].argmax(-1)  # [B, 1]
 
     def __call__(self, tokens: int = 1) -> None:
         """Decode so many tokens."""
         for _ in range(tokens):
-            self.mask = F.pad(self.mask, (0, 1), value=1)
+            if self.mask is not None:
+                self.mask = F.pad(self.mask, (0, 1), value=1)
             output = self.run(self.token, attention_mask=self.mask, **self.cache)
             self.token = output.logits[:, -1:].argmax(-1)
 

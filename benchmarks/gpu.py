@@ -298,7 +298,8 @@ def process_group(device: str) -> Iterator[None]:
     backend = "nccl" if device == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         place = f"file://{folder}/group"
-        dist.init_process_group(backend, init_method=place, rank=0, world_size=1)
+        patience = datetime.timedelta(seconds=30)
+        dist.init_process_group(backend, place, timeout=patience, rank=0, world_size=1)
         try:
             yield
         finally:
