@@ -9,7 +9,6 @@ reference, which computes in float64, one token at a time, what the module does 
 
 import ast
 import copy
-import dataclasses
 import datetime
 import functools
 import gc
@@ -848,12 +847,6 @@ def test_a_config_and_its_fields_say_the_same_and_short_forms_are_taken():
     assert other.monkeyjump_wiring.config == model.monkeyjump_wiring.config
 
 
-def test_every_option_is_explained_and_has_a_default():
-    fields = dataclasses.fields(MonkeyJumpConfig)
-    assert [field.name for field in fields if not field.metadata.get("help")] == []
-    MonkeyJumpConfig()
-
-
 @grid(name=OWN_ADAPTERS)
 def test_an_adapter_class_with_the_name_of_a_built_in_one_is_refused(name):
     before = dict(mj.ADAPTERS)
@@ -1303,14 +1296,17 @@ def test_what_needs_an_adapted_model_says_so(call):
 
 
 # ------------------------------------------------------- what trains and what is reached, promise 1
-def test_an_adapter_that_no_forward_reaches_is_named_in_one_warning():
-    model = tiny_llama()
-    projection = model.model.layers[1].self_attn.k_proj
-    forward = projection.forward
-    projection.forward = lambda x: forward(x)  # as compressed-tensors up to 0.14 does
-    messages = warnings_of(steps, adapted(base=model).train())
-    names = [re.findall(r"layers\.\d\.self_attn\.\w+", message) for message in messages]
-    assert names == [["layers.1.self_attn.k_proj"]]
+@grid(unreached=["k_proj", "q_proj, k_proj, v_proj, o_proj"])
+def test_adapters_that_no_forward_reaches_are_named_in_one_warning(unreached):
+    model = tiny_llama(use_cache=False)
+    names = unreached.split(", ")
+    for projection in map(model.model.layers[1].self_attn.get_submodule, names):
+        forward = projection.forward
+        projection.forward = lambda x, forward=forward: forward(x)  # compressed-tensors 0.14
+    adapted(base=model, blocks={"LlamaDecoderLayer": [1]})
+    messages = warnings_of(steps, checkpointed(model.train(), "reentrant"))
+    found = [re.findall(r"layers\.1\.self_attn\.(\w+)", message) for message in messages]
+    assert found == [names]
 
 
 HEALTHY = {"all defaults": {}, "shared experts": {"shared_expert": ["up_proj", "down_proj"]}}
@@ -1376,7 +1372,7 @@ def test_a_trained_head_is_the_bases_while_disabled_and_after_removal(deep):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@grid(name=["embed_tokens", "lm_head", "norm"])
+@grid(name=["embed_tokens", "norm"])
 def test_any_module_named_is_trained_saved_and_loaded(name, tmp_path):
     model = adapted(modules_to_save=[name])
     train(model, [batch()])
@@ -1386,10 +1382,10 @@ def test_any_module_named_is_trained_saved_and_loaded(name, tmp_path):
     assert same_logits(again, model.eval())
 
 
-@grid(name=["lm_head", "embed_tokens", "scorer"])
-def test_a_module_that_is_tied_or_not_there_is_refused(name):
+@grid(name=["lm_head", "embed_tokens", "scorer", "rotary_emb"])
+def test_a_module_that_is_tied_or_empty_or_not_there_is_refused(name):
     model = tiny_llama(tie_word_embeddings=True)
-    message = "scorer.*lm_head" if name == "scorer" else f"{name}.*tied"
+    message = {"scorer": "scorer.*lm_head", "rotary_emb": name}.get(name, f"{name}.*tied")
     with refused(model, message):
         apply_monkeyjump(model, modules_to_save=[name])
 
@@ -1477,16 +1473,9 @@ UNUSABLE = {
 def test_centers_stay_when_they_cannot_be_set(case):
     loader, settings, message = case
     model = adapted().train()
+    trainer = types.SimpleNamespace(model=model, get_train_dataloader=lambda: loader)
     with unchanged(model), pytest.raises(ValueError if message else Exception, match=message):
-        init_router_centers(model, loader, **settings)
-
-
-def test_centers_are_set_from_the_data_of_a_trainer():
-    model = adapted()
-    trainer = types.SimpleNamespace(model=model, get_train_dataloader=lambda: [batch()])
-    start = centers(model)
-    init_router_centers(trainer)
-    assert all_differ(centers(model), start)
+        init_router_centers(model if loader is None else trainer, **settings)
 
 
 @OLD_TORCH
@@ -1908,7 +1897,8 @@ def test_compiles_to_one_graph_once_and_trains_like_eager(case):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     batches = [batch(seed=seed) for seed in range(4)]
-    found = train(model, batches, forward=compiled, mask=mask, parts=2)
+    with ThreadPoolExecutor(1) as pool:  # where nothing has run before
+        found = pool.submit(train, model, batches, compiled, mask, parts=2).result()
     expected = train(eager, batches, mask=mask, parts=2)
     assert_same(found[0] | found[1], expected[0] | expected[1], **CLOSE)
     assert counter.frame_count == 1
@@ -2068,20 +2058,15 @@ def test_a_copy_of_a_model_with_a_trained_head_is_independent(way, tmp_path):
 
 
 @grid(way=COPIES)
-def test_a_copy_gives_the_same_also_after_a_training_step(way):
+def test_a_copy_is_the_same_after_a_training_step_and_independent(way):
     model = adapted()
     train(model, [batch(), batch()])
-    assert same_logits(way(model).eval(), model.eval())
-
-
-@grid(way=COPIES)
-def test_training_a_copy_leaves_the_original_alone(way):
-    model = adapted()
     other = way(model)
+    assert same_logits(other.eval(), model.eval())
     with unchanged(model):
         _, moved = train(other, [batch(seed=9)] * 3)
     assert all_differ(moved, centers(model))
-    assert (logits(other.eval()) - logits(model)).abs().max() > 1e-3
+    assert not same_logits(other.eval(), model)
 
 
 @grid(way=COPIES)
@@ -2138,8 +2123,8 @@ def test_a_model_that_is_offloaded_after_it_was_adapted_gives_what_it_gave(mode,
 
 
 @grid(how=["assign=True", "to_empty", "assignment"])
-def test_centers_move_after_a_model_came_from_meta(how):
-    model = adapted()
+def test_a_model_that_came_from_meta_trains_and_is_disabled_as_ever(how):
+    model = adapted(modules_to_save=["lm_head"])
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rope = {name: buffer.clone() for name, buffer in model.model.rotary_emb.named_buffers()}
     model.to("meta")
@@ -2150,8 +2135,11 @@ def test_centers_move_after_a_model_came_from_meta(how):
     else:
         model.load_state_dict(state, assign=how == "assign=True")
     model.model.rotary_emb._buffers.update(rope)
+    with disable_adapters(model):
+        assert same_logits(model, tiny_llama())
+    plain = adapted(modules_to_save=["lm_head"])
     batches = [batch(seed=seed) for seed in range(3)]
-    assert_same(train(model, batches)[1], train(adapted(), batches)[1])
+    assert_same(train(model, batches)[1], train(plain, batches)[1])
 
 
 @grid(adapter=OWN_ADAPTERS)
@@ -2171,6 +2159,13 @@ class Steer(ModelHook):
         return (hidden + STEERING, *args), kwargs
 
 
+def only_known_keywords(module, args, kwargs):
+    """A hook that steers, and hands on the keywords that it knows."""
+    known = ("attention_mask", "position_ids", "position_embeddings", "use_cache")
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
+    return (args[0] + STEERING, *args[1:]), kwargs
+
+
 def steered(how, mode):
     """A model whose first block's input is changed by a hook."""
     model = tiny_llama(use_cache=False)
@@ -2182,6 +2177,8 @@ def steered(how, mode):
         add_hook_to_module(block, Steer())
     if how == "torch":
         block.register_forward_pre_hook(lambda module, args: (args[0] + STEERING, *args[1:]))
+    if how == "torch, with keywords":
+        block.register_forward_pre_hook(only_known_keywords, with_kwargs=True)
     return model
 
 
@@ -2201,6 +2198,14 @@ def test_a_block_routes_what_its_forward_sees_whatever_a_hook_changes(how, mode,
     expected = train(plain, batches, forward=shifted)
     for found, right in zip(train(model, batches), expected, strict=True):
         assert_same(found, right, **CLOSE)
+
+
+@grid(checkpointing=CHECKPOINTING)
+def test_a_block_is_routed_although_a_hook_hands_on_no_keyword_of_ours(checkpointing):
+    models = steered("torch", "token"), steered("torch, with keywords", "token")
+    results = [train(checkpointed(model, checkpointing), [batch()]) for model in models]
+    for found, right in zip(*results, strict=True):
+        assert_same(found, right)
 
 
 # --------------------------------------------------------------------- whose steps count, promise 5
@@ -2306,10 +2311,7 @@ def test_two_processes_end_with_the_same_on_both(two_processes):
     (first, second), _ = two_processes
     for name in ("gradients", "trained", "loaded"):
         assert_same(first[name], second[name])
-
-
-def test_two_processes_stop_clustering_together_when_one_has_enough(two_processes):
-    assert [found["calls"] for found in two_processes[0]] == [{5}, {5}]
+    assert first["calls"] == second["calls"] == {5}  # which stop when one has enough
 
 
 def test_two_processes_have_the_gradients_and_centers_of_one_on_the_whole_batch(two_processes):
@@ -2596,7 +2598,7 @@ class Keep(transformers.TrainerCallback):
 
 def trained_plainly(name, folder, seed, resume=None, **settings):
     """A Trainer and its first checkpoint, after four steps with a checkpoint at every second."""
-    base = tiny_model(name.partition(",")[0])
+    base = unless_base_fails(lambda: tiny_model(name.partition(",")[0]))
     keep = Keep()
     torch.manual_seed(seed)
     model = apply_monkeyjump(base, top_k=1, update_every=3, **RENAMED[name])
@@ -2947,11 +2949,8 @@ def test_a_schedule_that_cannot_be_is_refused(name, value):
     model = adapted("adalora", rank=4)
     with refused(model, name):
         allocate_ranks(model, 10, **{**OUR_SCHEDULE, name: value})
-
-
-def test_ranks_of_another_adapter_are_refused():
     with pytest.raises(ValueError, match="for adapter='adalora'"):
-        allocate_ranks(adapted("lora"), 1, 10, target_rank=1)
+        allocate_ranks(adapted("lora"), 10, **OUR_SCHEDULE)
 
 
 def test_the_penalty_is_the_mean_distance_from_orthonormal_and_trains_the_factors():

@@ -253,7 +253,7 @@ def test_example_learns_each_task_of_a_mixture(example_mix):
 
 def test_example_says_which_expert_serves_which_task(example_mix):
     lines = example_mix[1].splitlines()
-    start = max(i for i, line in enumerate(lines) if line.startswith("model.layers."))
+    start = min(i for i, line in enumerate(lines) if line.startswith("model.layers."))
     assert lines[start].split()[1:] == ["self_attn.q_proj", "self_attn.k_proj"]
     table = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : start + 4]}
     assert sorted(table) == ["digit", "up", "yes"]
