@@ -821,7 +821,7 @@ UNFIT = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda part: str(part))
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=str)
 def test_a_wrong_value_is_refused_in_words_that_name_it(name, value):
     model = tiny_llama()
     with refused(model, f"{name}=.*must (be|map)"):
@@ -1593,7 +1593,7 @@ def test_prompt_end_is_before_the_first_label_unless_it_is_given():
     assert not torch.allclose(given, logits(model), atol=1e-4)
 
 
-@grid(labels=[None, torch.full_like(batch(), -100)])
+@grid(labels={"none": None, "nothing to learn": torch.full_like(batch(), -100)})
 def test_a_prompt_without_an_answer_ends_at_its_last_token(labels):
     model = adapted(rep_mode="prompt_end")
     found = model(input_ids=batch(), labels=labels).logits
@@ -1897,8 +1897,7 @@ def test_compiles_to_one_graph_once_and_trains_like_eager(case):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     batches = [batch(seed=seed) for seed in range(4)]
-    with ThreadPoolExecutor(1) as pool:  # where nothing has run before
-        found = pool.submit(train, model, batches, compiled, mask, parts=2).result()
+    found = train(model, batches, forward=compiled, mask=mask, parts=2)
     expected = train(eager, batches, mask=mask, parts=2)
     assert_same(found[0] | found[1], expected[0] | expected[1], **CLOSE)
     assert counter.frame_count == 1
@@ -1921,6 +1920,17 @@ def test_a_training_step_reads_no_value_on_the_host_and_stays_on_its_device(mode
     for _ in range(2):
         model(**inputs).loss.backward()
         optimizer.step()
+
+
+@OLD_TORCH
+def test_a_thread_may_begin_with_a_compiled_call():
+    torch._dynamo.reset()
+    model = adapted().train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with ThreadPoolExecutor(1) as pool:
+        first, again = (pool.submit(compiled, input_ids=batch()).result() for _ in range(2))
+    assert_close(first.logits, model(batch()).logits)
+    assert_close(again.logits, first.logits)
 
 
 @functools.cache
@@ -2624,9 +2634,9 @@ def test_a_plain_trainer_loads_its_best_model_at_the_end(name, tmp_path):
     assert_same(ended, first)
 
 
-@grid(path=["somewhere.else", "language_model.layers.7", "model.layers.0.mlp.up_proj"])
+@grid(path=["somewhere.else", "language_model.layers.7", "model.layers.0.self_attn.q_proj"])
 def test_a_state_dict_with_our_tensors_under_unplaceable_names_is_refused(path):
-    model = adapted()
+    model = adapted(blocks={"LlamaDecoderLayer": [1]})
     name = f"{path}.monkeyjump.lora_A"
     state = {name: torch.ones(2, 32), "lm_head.weight": torch.ones(50, 32)}
     with unchanged(model), pytest.raises((RuntimeError, ValueError), match=re.escape(name)):
@@ -2972,22 +2982,18 @@ def test_the_penalty_is_the_mean_distance_from_orthonormal_and_trains_the_factor
 MODULE = ast.parse(Path(mj.__file__).read_text())
 
 
-def test_the_module_imports_nothing_but_the_standard_library_torch_and_einops():
+def test_the_module_imports_little_and_prints_only_where_a_name_says_so():
     imported = set()
-    for node in MODULE.body:
-        if isinstance(node, ast.Import):
-            imported |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    packages = {name.partition(".")[0] for name in imported}
-    assert packages - set(sys.stdlib_module_names) == {"torch", "einops"}
-
-
-def test_the_module_prints_nothing_but_what_a_name_says():
     printing = set()
-    for function in ast.walk(MODULE):
-        if isinstance(function, ast.FunctionDef):
-            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-            if any(getattr(call.func, "id", "") == "print" for call in calls):
-                printing.add(function.name)
+    for node in ast.walk(MODULE):
+        calls = [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+        prints = any(getattr(call.func, "id", "") == "print" for call in calls)
+        if isinstance(node, ast.FunctionDef) and prints:
+            printing.add(node.name)
+    for node in MODULE.body:  # at the top; others where they are needed
+        if isinstance(node, ast.Import):
+            imported |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
     assert printing == {"print_trainable_parameters"}
+    assert imported - set(sys.stdlib_module_names) == {"torch", "einops"}
