@@ -247,18 +247,13 @@ def unless_base_fails(run):
 
 
 # ------------------------------------------------------------------------------- helpers: comparing
-def named(name, text):
-    """An error that says of which tensor it is."""
-    return f"{name}: {text}"
-
-
 def assert_same(first, second, **tolerance):
     """Two dicts of tensors have the same names, at least one, and the same bits, or near."""
     tolerance = tolerance or EXACT
     assert first.keys() == second.keys()
     assert first
     for name, tensor in first.items():
-        assert_close(tensor, second[name], msg=partial(named, name), **tolerance)
+        assert_close(tensor, second[name], msg=partial("{}: {}".format, name), **tolerance)
 
 
 def assert_near(found, expected, tolerance=1e-4):
@@ -444,7 +439,7 @@ def warnings_of(run, *args):
         warnings.simplefilter("always")
         run(*args)
     messages = [str(warning.message) for warning in caught]
-    return [text for text in messages if re.search("(?i)monkey|adapter|center|router", text)]
+    return [text for text in messages if re.search("LlamaForCausalLM|adapter|center", text)]
 
 
 def classifier(kind=transformers.LlamaForSequenceClassification, deep=False):
@@ -471,12 +466,18 @@ def join(folder, rank, of):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=of, **patience)
 
 
+def leave():
+    """End the process group, with no work under way that holds a tensor: torch may deadlock."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def lone_process(tmp_path):
     """A process group of this process alone."""
     join(tmp_path, 0, of=1)
     yield
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 # ---------------------------------------------------------------------- helpers: copies and threads
@@ -599,7 +600,7 @@ def work_by_zero(rank, stage, folder):
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         torch.save(whole(trained(model) | centers(model)), f"{folder}/rank{rank}.pt")
         save_adapter(model, f"{folder}/saved")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 BATCHES = [batch(4, seed=seed) for seed in range(4)]
@@ -626,7 +627,7 @@ def work(rank, kind, folder):
         found["refused"] = True
     found["loaded"] = whole(trained(model) | centers(model))
     torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 # ---------------------------------------------------------------------------- helpers: PEFT
@@ -906,18 +907,15 @@ def test_statistics_count_finite_real_vectors_only():
     assert_close(found.double(), expected, **CLOSE)
 
 
-def test_kmeans_finds_planted_clusters():
+def test_kmeans_finds_planted_clusters_and_bears_points_that_are_all_the_same():
     torch.manual_seed(0)
     planted = unit(torch.randn(4, 24))
     points = unit(planted.repeat_interleave(50, dim=0) + 0.05 * torch.randn(200, 24))
     found = kmeans(points, 4, 10, torch.Generator().manual_seed(5))
     assert (planted @ found.T).amax(dim=1).min() > 0.99
     assert_close(found.norm(dim=-1), torch.ones(4))
-
-
-def test_kmeans_of_points_that_are_all_the_same_is_finite():
-    points = unit(torch.ones(6, 4))
-    assert kmeans(points, 3, 4, torch.Generator().manual_seed(0)).isfinite().all()
+    same = kmeans(unit(torch.ones(6, 4)), 3, 4, torch.Generator().manual_seed(0))
+    assert same.isfinite().all()
 
 
 # ---------------------------------------------- adapters, promise 1: the identity, at what it costs
@@ -1415,38 +1413,33 @@ def test_centers_start_as_the_kmeans_of_the_real_representations(mode):
         assert_close(naive_unit(points[nearest == e].sum(dim=0)), found[e], **LOOSE)
 
 
-class Stream(torch.utils.data.IterableDataset):
-    """Forty batches of unknown number; notes which are read."""
-
-    def __init__(self):
-        self.read = []
-
-    def __iter__(self):
-        for seed in range(40):
-            self.read.append(seed)
-            yield {"input_ids": batch(4, 10, seed=seed)}
+def stream(read):
+    """Batches for as long as they are asked for; notes which were."""
+    for seed in itertools.count():
+        read.append(seed)
+        yield {"input_ids": batch(4, 10, seed=seed)}
 
 
-def clustered(model, seed=0, stream=None):
-    """The model with centers from eighty tokens of the stream."""
-    loader = torch.utils.data.DataLoader(stream or Stream(), batch_size=None)
-    init_router_centers(model, loader, subset_size=80, seed=seed)
-    return model
+def clustered(model, seed=0):
+    """Centers from eighty tokens; how many batches were read."""
+    read = []
+    init_router_centers(model, stream(read), subset_size=80, seed=seed)
+    return len(read)
 
 
 def test_the_same_seed_gives_the_same_centers_and_another_one_others():
     models = [adapted() for _ in range(3)]
     state = torch.get_rng_state()
-    found = [centers(clustered(m, seed)) for m, seed in zip(models, (0, 0, 1), strict=True)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        clustered(model, seed)
     assert torch.equal(torch.get_rng_state(), state)  # drawn by a generator of their own
-    assert_same(found[0], found[1])
-    assert all_differ(found[0], found[2])
+    first, same, other = map(centers, models)
+    assert_same(first, same)
+    assert all_differ(first, other)
 
 
 def test_setting_centers_reads_just_enough_batches():
-    stream = Stream()
-    clustered(adapted(), stream=stream)
-    assert len(stream.read) == 8  # an eighth, 10 of 40 tokens, from each batch
+    assert clustered(adapted()) == 8  # an eighth, 10 of 40 tokens, from each batch
 
 
 def test_centers_set_in_inference_mode_can_move():
@@ -1933,6 +1926,15 @@ def test_a_thread_may_begin_with_a_compiled_call():
     assert_close(again.logits, first.logits)
 
 
+@OLD_TORCH
+def test_layers_that_accelerate_compiles_one_by_one_share_their_graph():
+    torch._dynamo.reset()
+    model = adapted(base=tiny_llama(layers=9))  # more than dynamo compiles one function for
+    compiled = accelerate.utils.compile_regions(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(batch()).logits, model(batch()).logits)
+
+
 @functools.cache
 def compiled_graphs(mode):
     """By graph of a compiled generation with a static cache: how many sizes may grow in it."""
@@ -2374,7 +2376,7 @@ def rank_of_two(rank, folder):
     train(model, [batch(seed=rank), batch(seed=2 + rank)])
     found["after training"] = centers(model)
     torch.save(found, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -2451,7 +2453,7 @@ def test_nothing_reads_the_copy_back(tmp_path):
     assert same_logits(load_adapter(tiny_llama(), tmp_path), adapted(**SAVED))
 
 
-def test_an_adapter_is_loaded_into_a_model_that_has_the_same_options(tmp_path):
+def test_an_adapter_is_loaded_into_a_model_that_has_the_same_options_only(tmp_path):
     model = adapted(**SAVED)
     other = adapted(seed=5, **SAVED).train()
     save_adapter(model, tmp_path)
@@ -2459,13 +2461,9 @@ def test_an_adapter_is_loaded_into_a_model_that_has_the_same_options(tmp_path):
     load_adapter(other, tmp_path)
     update_router_centers(other)  # what was seen before does not move the centers loaded
     assert same_logits(other.eval(), model)
-
-
-def test_an_adapter_is_refused_by_a_model_that_has_other_options(tmp_path):
-    save_adapter(adapted(top_k=2), tmp_path)
-    model = adapted(top_k=1)
-    with refused(model, "top_k=2.+1"):
-        load_adapter(model, tmp_path)
+    other = adapted(top_k=1, **SAVED)
+    with refused(other, "top_k=2.+1"):
+        load_adapter(other, tmp_path)
 
 
 def test_a_kill_at_any_moment_of_saving_leaves_the_old_adapter_or_the_new(tmp_path):

@@ -85,6 +85,16 @@ def example_start(flags, log, program=EXAMPLE, processes=1):
         return subprocess.Popen(line, env={**os.environ, **quiet}, stdout=file, stderr=file)
 
 
+def example_finish(flags, log, **launch):
+    """Run the example as processes of their own to its end; one that hangs is ended."""
+    with example_start(flags, log, **launch) as process:
+        try:
+            code = process.wait(120)
+        finally:
+            process.terminate()  # torchrun takes its processes along
+    assert code == 0, log.read_text()[-3000:]
+
+
 def example_history(folder, name="loss"):
     """By step, what the newest checkpoint's log says."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -531,7 +541,7 @@ def test_example_runs_on_two_processes_as_on_one(sharded, example_text, example_
         wrapped = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         config.write_text(json.dumps(wrapped))
         flags += f" --fsdp 'full_shard auto_wrap' --fsdp_config {config}"
-    assert example_start(flags, log, **launch).wait(300) == 0, log.read_text()[-3000:]
+    example_finish(flags, log, **launch)
     assert log.read_text().count("all: loss") == 1
     weights = [tmp_path / name / "monkeyjump.safetensors" for name in ("one", "two")]
     one, two = map(load_file, weights)
@@ -539,7 +549,7 @@ def test_example_runs_on_two_processes_as_on_one(sharded, example_text, example_
     if sharded:
         assert not list(tmp_path.glob("two/**/pytorch_model_fsdp*"))  # the base is not saved
         flags += f" --resume_from_checkpoint {tmp_path}/two/checkpoint-2"
-        assert example_start(flags, log, **launch).wait(300) == 0, log.read_text()[-3000:]
+        example_finish(flags, log, **launch)
         torch.testing.assert_close(load_file(weights[1]), two)
 
 
