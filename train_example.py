@@ -41,19 +41,16 @@ tasks on words, in a minute on a CPU; figures vary. By hand: python train_exampl
 TEMPLATE = """{{ bos_token }}{% for m in messages %}\
 {{ m.content if m.role != 'assistant' else ' ' + m.content + eos_token }}{% endfor %}"""
 CARD = """# [Monkey Jump](https://arxiv.org/abs/2601.06356) adapters for {name}
-
 ```python
-from transformers import AutoProcessor, {kind}
+from transformers import AutoProcessor, {model.__class__.__name__}
 from monkeyjump import load_adapter
-
-model = {kind}.from_pretrained({name!r}{file})
-load_adapter(model, {directory!r}).eval()
-processor = AutoProcessor.from_pretrained({directory!r})
+model = {model.__class__.__name__}.from_pretrained({name!r}{settings})
+load_adapter(model, {folder!r}).eval()
+processor = AutoProcessor.from_pretrained({folder!r})
 ```
-
-Trained by TRL's SFTTrainer with {config}
+Trained by TRL's SFTTrainer with {model.monkeyjump_wiring.config}
 """
-PAYLOADS = {"image", "image_url", "video", "audio", "url", "path", "base64"}
+NOT_TAKEN = re.compile("lora_|use_(peft|dora|rslora)|(dataset_)?streaming")
 HUB_NAME = re.compile(r"(?!.*\.(jsonl?|csv|parquet|gguf)$)\w[\w.-]*(/[\w.-]+)?")  # not a path
 USED = {"messages", "prompt", "completion", "image", "images", "task", "tools"}
 MEDIA = re.compile(r"(Image|Video|Audio)\(|\.(png|jpe?g|webp|bmp|gif|mp4|mov|avi|mkv|wav|mp3)\W*$")
@@ -74,18 +71,17 @@ class Options(trl.SFTConfig, trl.ScriptArguments, trl.ModelConfig, trl.DatasetMi
 
 def read_flags(argv, *presets):
     """Options and those of routing: from flags, else --config, else the last preset with it."""
-    kinds = (Options, mj.MonkeyJumpConfig)
-    text = {"prog": "train_example.py", "usage": argparse.SUPPRESS, "description": __doc__}
-    parser = trl.TrlParser(kinds, **text)
-    for preset in presets:
+    text = {"usage": argparse.SUPPRESS, "description": __doc__}
+    parser = trl.TrlParser((Options, mj.MonkeyJumpConfig), **text)
+    for preset in (DEFAULTS, *presets):
         parser.set_defaults(**vars(parser.parse_args(preset.split())))
     return parser.parse_args_and_config(argv)
 
 
 def parse(argv):
-    """Options, those of routing and, if these leave the form open, those with the recommended."""
-    presets = [DEFAULTS]
-    options, routing = read_flags(argv, *presets)
+    """Options, those of routing, and the latter where the recommended form is the default."""
+    presets = []
+    options, routing = read_flags(argv)
     if options.process_index > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks
     if not (options.model_name_or_path or options.dataset_name or options.datasets):
@@ -95,65 +91,49 @@ def parse(argv):
             if options.process_index == 0:
                 demonstration()
     check(options)
-    transformers.set_seed(options.seed)
-    if routing.blocks or routing.linears or routing.shared_expert:
-        return options, routing, None
-    _, recommended = read_flags(argv, *presets, RECOMMENDED)
-    return options, routing, recommended
+    return options, routing, read_flags(argv, *presets, RECOMMENDED)[1]
 
 
 def check(options):
     """ValueError for a run that cannot go well; "last" becomes that checkpoint."""
     if int(os.environ.get("WORLD_SIZE", 1)) != options.world_size or options.n_gpu > 1:
         raise ValueError("one process a device, by torchrun or accelerate; on CPUs --use_cpu")
-    if options.streaming or options.dataset_streaming:
-        raise ValueError("rows are checked before training: streams are not taken")
-    for name, default in vars(trl.ModelConfig()).items():
-        if re.match("lora_|use_(peft|dora|rslora)", name) and getattr(options, name) != default:
-            raise ValueError(f"--{name} is PEFT's: see --rank, --alpha, --linears")
+    for name, field in Options.__dataclass_fields__.items():
+        if NOT_TAKEN.match(name) and getattr(options, name) != field.default:
+            raise ValueError(f"--{name} is not taken: see --rank; no streams, since rows are checked")
     output = Path(options.output_dir)
     if options.resume_from_checkpoint in ("true", "True", "last"):
         options.resume_from_checkpoint = last_checkpoint(output)
-    elif not options.resume_from_checkpoint and str(output) not in DEMONSTRATION:
-        if any(output.glob("**/monkeyjump.safetensors")):
-            raise ValueError(f"--output_dir {output} holds another run's adapter")
+    is_new = not options.resume_from_checkpoint and str(output) not in DEMONSTRATION
+    if is_new and any(output.glob("**/monkeyjump.safetensors")):
+        raise ValueError(f"--output_dir {output} holds another run's adapter")
 
 
 def last_checkpoint(output):
     """The newest checkpoint that no kill cut short."""
     states = output.glob("checkpoint-*/trainer_state.json")  # a checkpoint's last file
-    whole = [path for path in states if path.read_text().endswith("\n}\n")]
-    if not whole:
-        raise ValueError(f"no complete checkpoint in {output}")
-    return str(max(whole, key=os.path.getmtime).parent)
+    for state in sorted(states, key=os.path.getmtime, reverse=True):
+        if state.read_text().endswith("\n}\n"):
+            return str(state.parent)
+    raise ValueError(f"no complete checkpoint in {output}")
 
 
 def existing(name, flag):
     """A path, or a hub's name as one; ValueError for a path that leads nowhere."""
-    if name is None:
+    if not name:
         raise ValueError(f"{flag} is needed")
-    if not (Path(name).exists() or HUB_NAME.fullmatch(name)):
+    if not (os.path.exists(name) or HUB_NAME.fullmatch(name)):
         raise ValueError(f"{flag} {name}: no such file or folder")
     return Path(name)
 
 
 def source_of(options):
-    """The base model's folder or hub name, and the file in it if that is a GGUF."""
+    """The base model's folder or hub name, and how it is loaded."""
+    settings = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     path = existing(options.model_name_or_path, "--model")
-    if path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    return str(path), {}
-
-
-def load_processor(options):
-    """The tokenizer, or the processor of a model that sees."""
-    name, settings = source_of(options)
-    settings["trust_remote_code"] = options.trust_remote_code
-    processor = transformers.AutoProcessor.from_pretrained(name, **settings)
-    if not isinstance(processor, ProcessorMixin):
-        if processor.chat_template is None:
-            processor.chat_template = TEMPLATE
-    return processor
+    if path.suffix != ".gguf":
+        return str(path), settings
+    return str(path.parent), {**settings, "gguf_file": path.name}
 
 
 def turns_of(row):
@@ -164,7 +144,7 @@ def turns_of(row):
         for role, name in (("user", "prompt"), ("assistant", "completion")):
             text = row.get(name)
             if not isinstance(text, list):  # a table's answer may be a number
-                text = [{"role": role, "content": None if text is None else str(text)}]
+                text = [{"role": role, "content": "" if text is None else str(text)}]
             turns += text
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError("the last turn is not the assistant's")
@@ -180,17 +160,17 @@ def turns_of(row):
 def check_parts(parts):
     """ValueError for what a message holds beside text and marks of pictures, {"type": "image"}."""
     for part in parts:
-        held = {name for name, value in part.items() if value is not None}
-        if part["type"] not in ("text", "image") or held & PAYLOADS:
+        others = part | {"type": None, "text": None, "index": None}
+        if part["type"] not in ("text", "image") or any(others.values()):
             raise ValueError(f"the {part['type']} in a message {UNUSED}")
 
 
-def convert(row, number, path, folder, processor):
+def convert(row, number, path, folder, features, processor):
     """A row as TRL takes it; ValueError with its number for one that cannot be trained on."""
     try:
         shown = turns = turns_of(row)
         for name in row.keys() - USED:
-            if MEDIA.search(str(row[name])):
+            if MEDIA.search(str(features[name])) or MEDIA.search(str(row[name])):
                 raise ValueError(f"the column {name!r} {UNUSED}")
         pictures = list(filter(None, row.get("images") or [row.get("image")]))
         for picture in pictures:
@@ -205,80 +185,74 @@ def convert(row, number, path, folder, processor):
         raise ValueError(f"{path}, row {number}: {error}") from None
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    found = {"prompt": turns[:-1], "completion": turns[-1:], "images": pictures}
-    return {**found, "task": str(row.get("task") or "all"), "tokens": tokens}
-
-
-def read_rows(config, options, processor):
-    """The rows of one data set, as TRL takes them."""
-    path = folder = existing(config.path, "--dataset").absolute()
-    if path.is_file():  # load_dataset takes its folder
-        folder = path.parent
-        config.path = str(folder)
-        config.data_files = path.name
-        if not path.stat().st_size:
-            raise ValueError(f"{path}: no rows")
-    rows = trl.get_dataset(trl.DatasetMixtureConfig([config]))["train"]
-    for pair in options.columns or []:
-        ours, theirs = pair.split("=")
-        rows = rows.rename_column(theirs, ours)
-    kinds = {"image": Image(decode=False), "images": Sequence(Image(decode=False))}
-    kinds["task"] = Value("string")
-    for name, feature in rows.features.items():
-        if name in kinds:
-            rows = rows.cast_column(name, kinds[name])
-        elif name not in USED and MEDIA.search(str(feature)):
-            raise ValueError(f"{path}: the column {name!r} {UNUSED}")
-    settings = {"path": str(path), "folder": str(folder), "processor": processor}
-    once = {"remove_columns": rows.column_names, "load_from_cache_file": False}
-    rows = rows.map(convert, with_indices=True, fn_kwargs=settings, **once)
-    return rows.cast_column("images", Sequence(Image()))
+    found = {"prompt": turns[:-1], "completion": turns[-1:], "tools": row.get("tools")}
+    return {**found, "images": pictures, "task": row.get("task") or "all", "tokens": tokens}
 
 
 def load_rows(options, processor, split=None):
-    """The rows of all data sets, without those over the limit."""
-    one = {"path": options.dataset_name, "name": options.dataset_config}
-    one["split"] = options.dataset_train_split
+    """The rows of all data sets as TRL takes them, without those over the limit."""
+    parts = []
     mixture = list(options.datasets)
     if options.dataset_name or not mixture:
-        mixture.append(one)
-    parts = []
+        one = {"path": options.dataset_name, "name": options.dataset_config}
+        mixture.append({**one, "split": options.dataset_train_split})
     for config in trl.DatasetMixtureConfig(mixture).datasets:
-        if split:
-            config.split = split
-        parts.append(read_rows(config, options, processor))
+        source = vars(config) | {"split": split or config.split}
+        if source.get("fraction"):
+            raise ValueError(f"{config.path}: give a split like train[:10%], not a fraction")
+        folder = existing(config.path, "--dataset").absolute()
+        if folder.is_file():  # load_dataset takes its folder
+            if not folder.stat().st_size:
+                raise ValueError(f"{config.path}: no rows")
+            source |= {"path": str(folder.parent), "data_files": folder.name}
+            folder = folder.parent
+        rows = trl.get_dataset(trl.DatasetMixtureConfig([source]))["train"]
+        for pair in options.columns or []:
+            ours, theirs = pair.split("=")
+            rows = rows.rename_column(theirs, ours)
+        kinds = {"image": Image(decode=False), "images": Sequence(Image(decode=False))}
+        kinds["task"] = Value("string")
+        for name in kinds.keys() & rows.features.keys():
+            rows = rows.cast_column(name, kinds[name])
+        given = {"path": config.path, "folder": str(folder), "features": rows.features}
+        given["processor"] = processor
+        once = {"remove_columns": rows.column_names, "load_from_cache_file": False}
+        rows = rows.map(convert, with_indices=True, fn_kwargs=given, **once)
+        parts.append(rows.cast_column("images", Sequence(Image())))
     rows = concatenate_datasets(parts)
     kept = rows.filter(lambda tokens: tokens <= options.max_length, input_columns="tokens")
     print(f"{len(rows) - len(kept)} of {len(rows)} rows are left out, longer than --max_length")
+    if isinstance(processor, ProcessorMixin):
+        return kept
+    return kept.remove_columns("images")
+
+
+def load_data(options):
+    """The tokenizer or the processor, rows to train on and, by task, rows to test on."""
+    name, settings = source_of(options)
+    processor = transformers.AutoProcessor.from_pretrained(name, **settings)
     if not isinstance(processor, ProcessorMixin):
-        kept = kept.remove_columns("images")
-    return kept
-
-
-def load_data(options, processor):
-    """Rows to train on and, by task, rows to test on."""
+        processor.chat_template = processor.chat_template or TEMPLATE
     rows = load_rows(options, processor)
     if options.dataset_test_split == "held_back":
         rows, test = rows.train_test_split(options.test_split_size, seed=options.seed).values()
     else:
         test = load_rows(options, processor, options.dataset_test_split)
-    by_task = {}
-    for task in sorted(set(test["task"])):
-        by_task[task] = test.filter(task.__eq__, input_columns="task")
+    tasks = sorted(test.unique("task"))
+    by_task = {task: test.filter(task.__eq__, input_columns="task") for task in tasks}
     if not options.packing:
         options.max_length = None  # TRL would cut answers off, and pictures
-    return rows, by_task
+    return processor, rows, by_task
 
 
 def load_model(options, processor):
     """The base model."""
     name, settings = source_of(options)
-    quantization = trl.get_quantization_config(options)
-    if settings and hasattr(transformers, "GgufConfig"):  # else newer ones keep weights packed
-        quantization = transformers.GgufConfig(dequantize=True)
     settings |= {"dtype": options.dtype, "attn_implementation": options.attn_implementation}
-    settings |= {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
-    settings |= {"quantization_config": quantization, **(options.model_init_kwargs or {})}
+    settings["quantization_config"] = trl.get_quantization_config(options)
+    if "gguf_file" in settings and hasattr(transformers, "GgufConfig"):  # else it stays packed
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    settings |= options.model_init_kwargs or {}
     options.model_init_kwargs = None  # used
     if isinstance(processor, ProcessorMixin):
         return AutoModelForImageTextToText.from_pretrained(name, **settings)
@@ -287,20 +261,19 @@ def load_model(options, processor):
 
 def adapt(model, options, routing, recommended):
     """Give the model its adapters: in the form of the flags, or as they were saved."""
+    transformers.set_seed(options.seed)
     saved = options.resume_from_checkpoint or options.adapter_path
-    form = "saved"
     if not saved or routing != mj.MonkeyJumpConfig():
-        form = "given"
+        is_settled = any([routing.blocks, routing.linears, routing.shared_expert])
         leaves = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-        if recommended and leaves.issuperset(recommended.linears + recommended.shared_expert):
+        if not is_settled and leaves.issuperset(recommended.linears + recommended.shared_expert):
             routing = recommended
-            form = "recommended"
         mj.apply_monkeyjump(model, routing)
     if saved:  # refused if the flags ask for another form
         mj.load_adapter(model, saved)
     if options.target_rank:  # refused if it does not fit
         mj.allocate_ranks(model, 1, 100, target_rank=options.target_rank)
-    print(f"The {form} form, {model.monkeyjump_wiring.config}", end=": ")
+    print(f"The form is {model.monkeyjump_wiring.config}", end=": ")
     mj.print_trainable_parameters(model)
     return model
 
@@ -308,10 +281,10 @@ def adapt(model, options, routing, recommended):
 class MonkeyJumpTrainer(trl.SFTTrainer):
     """Its checkpoints are adapters, written and read by save_adapter and load_adapter alone."""
 
-    def __init__(self, model, **kwargs):
+    def __init__(self, model, options, rows, test, processor):
         """Works around what transformers, TRL and accelerate do to adapters unknown to them."""
         model._hf_peft_config_loaded = getattr(model, "is_quantized", False)  # else it refuses
-        super().__init__(model, **kwargs)
+        super().__init__(model, options, None, rows, test, processor)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # over 4 bits TRL makes them bfloat16
@@ -326,23 +299,20 @@ class MonkeyJumpTrainer(trl.SFTTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """To resume, once the model is wrapped."""
-        mj.load_adapter(self.model, resume_from_checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint=None, model=None):
+        """To resume, and for --load_best_model_at_end."""
+        mj.load_adapter(self.model, resume_from_checkpoint or self.state.best_model_checkpoint)
 
-    def _load_best_model(self):
-        """For --load_best_model_at_end."""
-        mj.load_adapter(self.model, self.state.best_model_checkpoint)
+    _load_best_model = _load_from_checkpoint
 
     def create_model_card(self, *args, **kwargs):
         """How to load the adapter."""
+        name, settings = source_of(self.args)
+        folder = self.args.output_dir
+        settings = "".join(f", {key}={value!r}" for key, value in settings.items())
+        card = CARD.format(name=name, settings=settings, folder=folder, model=self.model)
         if self.is_world_process_zero():
-            name, settings = source_of(self.args)
-            file = "".join(f", {key}={value!r}" for key, value in settings.items())
-            about = {"kind": type(self.model).__name__, "directory": self.args.output_dir}
-            about["config"] = self.model.monkeyjump_wiring.config
-            card = CARD.format(name=name, file=file, **about)
-            Path(self.args.output_dir, "README.md").write_text(card)
+            Path(folder, "README.md").write_text(card)
 
 
 class RankSchedule(transformers.TrainerCallback):
@@ -350,9 +320,9 @@ class RankSchedule(transformers.TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Prune, between the optimizer's step and zero_grad."""
+        step = state.global_step + 1
         last = state.max_steps
         steps = {"initial_steps": last // 10, "final_steps": 3 * last // 10}
-        step = state.global_step + 1
         mj.allocate_ranks(model, step, last, target_rank=args.target_rank, **steps)
 
 
@@ -380,18 +350,19 @@ def report(trainer, test):
         for block, count in counts.items():
             count = trainer.accelerator.reduce(count.to(trainer.args.device))
             shares.setdefault(block, []).append(count / count.sum())
-        logs = [log for log in trainer.state.log_history if f"eval_{task}_loss" in log]
-        line = f"{task}:"
-        for label, name in (("loss", f"{task}_loss"), ("token accuracy", "mean_token_accuracy")):
-            line += f" {label} {logs[0]['eval_' + name]:.4f} -> {logs[-1]['eval_' + name]:.4f},"
+        loss = f"eval_{task}_loss"
+        accuracy = "eval_mean_token_accuracy"
+        logs = [log for log in trainer.state.log_history if loss in log]
+        print(f"{task}: loss {logs[0][loss]:.4f} -> {logs[-1][loss]:.4f}, token accuracy", end=" ")
+        print(f"{logs[0][accuracy]:.4f} -> {logs[-1][accuracy]:.4f}", end=", ")
         question = rows[0]["prompt"][-1]["content"]
         right = rows[0]["completion"][0]["content"]
-        print(f"{line} {question!r} -> {answer(trainer, rows[0])!r}, right is {right!r}")
+        print(f"{question!r} -> {answer(trainer, rows[0])!r}, right is {right!r}")
     apart = {block: torch.stack(rows).var(0, correction=0).max() for block, rows in shares.items()}
     for block in sorted(apart, key=apart.get, reverse=True)[:2]:  # where tasks differ most
         print(f"{block:20}", *trainer.model.get_submodule(block).monkeyjump.experts)
         for task, row in zip(test, shares[block], strict=True):
-            print(f"{task:>20}", *(f"{share:.0%}" for share in row))
+            print(f"{task:>20}", *map("{:.0%}".format, row))
 
 
 def demonstration():
@@ -416,11 +387,9 @@ def main(argv=None):
     """Parse, load, adapt, train, save; what is wrong before training is said in one line."""
     try:
         options, routing, recommended = parse(argv)
-        processor = load_processor(options)
-        rows, test = load_data(options, processor)
+        processor, rows, test = load_data(options)
         model = adapt(load_model(options, processor), options, routing, recommended)
-        data = {"processing_class": processor, "train_dataset": rows, "eval_dataset": test}
-        trainer = MonkeyJumpTrainer(model, args=options, **data)
+        trainer = MonkeyJumpTrainer(model, options, rows, test, processor)
     except Exception as error:
         words = f"train_example.py: error: {error} {error.__cause__ or ''}".split()
         sys.exit(" ".join(words))
