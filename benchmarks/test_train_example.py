@@ -461,7 +461,7 @@ EXAMPLE_WRONG_FLAGS = {
     "no data": ("--model {base}", "--dataset is needed"),
     "unknown flag": ("--lerning_rate 1", "--lerning_rate"),
     "unknown adapter": ("--adapter dora", "dora"),
-    "one of PEFT's flags": ("--lora_r 8", "--lora_r is PEFT's: see --rank"),
+    "one of PEFT's flags": ("--lora_r 8", "--lora_r is not taken: see --rank"),
     "missing file": ("--dataset {tmp}/none.jsonl", "none.jsonl: no such file or folder"),
     "missing file here": ("--dataset none.jsonl", "--dataset none.jsonl: no such file or folder"),
     "missing folder": ("--dataset ./none", "--dataset ./none: no such file or folder"),
