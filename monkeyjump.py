@@ -15,14 +15,17 @@ exponential moving average.
     init_router_centers(model, dataloader)  # k-means on the data; then train as always
     save_adapter(model, "adapter");  model = load_adapter(base_model, "adapter")
 
-    B, T, D     batch, tokens, width of h           centers     [E, D], unit vectors, one an expert
+    B, T, D     batch, tokens, width of h           centers     [E, D], unit vectors, one per expert
     E           experts of a block                  directions  [B, N, D], what is routed, length 1
     real        [B, T], False: padding; None: all   gates       [B, N, E], top_k are not 0, sum 1
     prompt_end  [B]; None: the last real token      gate        [B, N, 1], that of one expert
+    Call        what a call of the model tells its blocks (real, prompt_end); defined below
+    HERE        of this thread: the Call of the running model, the gates of the running block
+    Wiring      what an adapted model carries: the options, its Routers and Adapters by path
 
 Papers: Monkey Jump (arXiv 2601.06356), LoRA (2106.09685), LoRA-FA (2308.03303), AdaLoRA
 (2303.10512), Propulsion (2409.10927). "Departure:" marks what differs from the authors' code
-(github.com/Nusrat-Prottasha/MonkeyJump). MIT licence. The method ends at the banner.
+(github.com/Nusrat-Prottasha/MonkeyJump); "by f" beside a field says who sets it. MIT licence.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # The options
 def option(default: Any, explanation: str) -> Any:
-    """A field of MonkeyJumpConfig; parsers of command lines show its explanation."""
+    """A field of MonkeyJumpConfig; HfArgumentParser shows the explanation."""
     return dataclasses.field(default=default, metadata={"help": explanation})
 
 
@@ -80,8 +83,8 @@ class MonkeyJumpConfig:
     ema_momentum: float = option(0.9, "in [0, 1], weight of the old center in a move")
     rep_mode: str = option(
         "token",
-        "route each token, or each sequence by its last real token, their mean, or its prompt_end: "
-        "a keyword [B] of the model's forward, else before the first label that is not -100",
+        "what is routed: each token, or each sequence as a whole, by its last real token, the mean "
+        "of its real tokens, or at prompt_end: a keyword [B] of the model, else before the labels",
     )
     jitter_noise: float = option(0.0, "in [0, 1), in training, logits are times uniform 1 -/+ it")
     update_every: int = option(1, "optimizer steps from one move of the centers to the next")
@@ -99,7 +102,7 @@ REP_MODES = ("token", "last", "mean", "prompt_end")
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] -> directions of length 1, float32 or better; 0, never counted, if not finite."""
+    """x [..., D] -> x / |x|, at least float32; 0, which is not counted, if x is 0 or not finite."""
     at_least = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least)
     return (x / norm).nan_to_num_(0.0, 0.0, 0.0)
@@ -108,7 +111,7 @@ def unit(x: Tensor) -> Tensor:
 def represent(
     hidden: Tensor, mode: str, real: Tensor | None = None, prompt_end: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What the router looks at (section 3).
+    """What the router looks at (Monkey Jump, section 3).
 
     hidden [B, T, D], real [B, T], prompt_end [B] -> representations [B, N, D] and which of them
     are real [B, N]; N = T for mode "token", else 1.
@@ -123,7 +126,7 @@ def represent(
         hidden = hidden.float().masked_fill(~real[..., None], 0.0)
         return einsum(hidden, weights, "b t d, b t -> b d")[:, None], anything
     # Departure: the last *real* token; the authors' code supposes that padding is on the right.
-    position = real.int().cumsum(dim=1).argmax(dim=1)  # [B]
+    position = real.int().cumsum(dim=1).argmax(dim=1)  # [B], where their count is first full
     if mode == "prompt_end" and prompt_end is not None:
         position = prompt_end.clamp(0, hidden.shape[1] - 1)
     index = repeat(position, "b -> b 1 d", d=hidden.shape[-1])
@@ -133,9 +136,9 @@ def represent(
 def route(
     directions: Tensor, centers: Tensor, top_k: int, temperature: float = 1.0, jitter_noise=0.0
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts, cut to top_k (section 3).
+    """Softmax over the top_k nearest centers (Monkey Jump, section 3).
 
-    directions [..., D], centers [E, D] -> gates [..., E], and the best expert [...] of each.
+    directions [..., D], centers [E, D] -> gates [..., E] and the best expert's index [...].
     """
     logits = F.linear(directions, centers.to(directions.dtype))  # cosines [..., E]
     if temperature != 1.0:
@@ -143,22 +146,22 @@ def route(
     if jitter_noise:
         noise = torch.empty_like(logits).uniform_(1.0 - jitter_noise, 1.0 + jitter_noise)
         logits = logits * noise
-    top, experts = logits.topk(min(top_k, len(centers)), dim=-1)  # [..., k]
+    top, chosen = logits.topk(min(top_k, len(centers)), dim=-1)  # [..., k]
     share = top.softmax(dim=-1)  # equals p_e / sum of the top-k p
-    return torch.zeros_like(logits).scatter_(-1, experts, share), experts[..., 0]
+    return torch.zeros_like(logits).scatter_(-1, chosen, share), chosen[..., 0]
 
 
 def cluster_statistics(
     directions: Tensor, best: Tensor, experts: int, real: Tensor | None = None
 ) -> Tensor:
-    """Directions [..., D], best expert [...], real [...] -> each one's sum and count [E, D + 1]."""
-    counts = torch.linalg.vector_norm(directions, dim=-1)  # [...], 1, or 0 where nothing counts
+    """Directions [..., D], best [...], real [...] -> an expert's sum and count [E, D + 1]."""
+    counts = torch.linalg.vector_norm(directions, dim=-1)  # [...]: 1, or 0 as by `unit`
     if real is not None:
         counts = counts * real
     nobody = directions.new_zeros(*counts.shape, experts)
     assigned = nobody.scatter_(-1, best[..., None], counts[..., None])  # [..., E]
-    summed = torch.cat([directions, counts[..., None]], dim=-1)  # [..., D + 1]
-    return einsum(assigned, summed, "... e, ... d -> e d")
+    each = torch.cat([directions, counts[..., None]], dim=-1)  # [..., D + 1]
+    return einsum(assigned, each, "... e, ... d -> e d")
 
 
 def ema_update(centers: Tensor, statistics: Tensor, momentum: float) -> Tensor:
@@ -173,21 +176,21 @@ def ema_update(centers: Tensor, statistics: Tensor, momentum: float) -> Tensor:
 
 
 def kmeans(points: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """Spherical k-means after greedy k-means++: unit vectors [N, D] -> centers [E, D], E <= N."""
+    """The first centers: spherical k-means after k-means++, points [P, D] -> [E, D], E <= P."""
     first = torch.randint(len(points), (1,), generator=generator, device="cpu")
     centers = points[first.to(points.device)]  # [1, D]
     tries = 2 + int(math.log(clusters))
     while len(centers) < clusters:
-        nearest = (1.0 - (points @ centers.T).amax(dim=1)).clamp(min=0.0)  # [N], half a distance^2
+        nearest = (1.0 - (points @ centers.T).amax(dim=1)).clamp(min=0.0)  # [P], half a distance^2
         chances = nearest.double().cpu() + 1e-12  # points may all be the same
         drawn = torch.multinomial(chances, tries, replacement=True, generator=generator)
         candidates = points[drawn.to(points.device)]  # [M, D]
-        left = torch.minimum(nearest[:, None], 1.0 - points @ candidates.T).sum(dim=0)  # [M]
-        centers = torch.cat([centers, candidates[left.argmin()][None]])
+        to_each = torch.minimum(nearest[:, None], 1.0 - points @ candidates.T)  # [P, M]
+        centers = torch.cat([centers, candidates[to_each.sum(dim=0).argmin()][None]])
     for _ in range(iterations):
-        cosine, cluster = (points @ centers.T).max(dim=1)  # [N]
+        cosine, cluster = (points @ centers.T).max(dim=1)  # [P]
         statistics = cluster_statistics(points, cluster, clusters)  # [E, D + 1]
-        farthest = points[cosine.topk(clusters, largest=False).indices]  # [E, D]
+        farthest = points[cosine.topk(clusters, largest=False).indices]  # for empty clusters
         is_used = statistics[:, -1:] > 0
         centers = torch.where(is_used, unit(statistics[:, :-1]), farthest)
     return centers
@@ -201,14 +204,14 @@ class Float32Module(nn.Module):
         return super()._apply(keeping_dtype(fn), recurse)
 
 
-ALWAYS_ON = -1  # the last gate of a block is that of its shared adapters: 1.0
+ALWAYS_ON = -1  # index of a block's last gate, 1.0, for its shared adapters
 
 
 class Adapter(Float32Module):
     """One expert, y = base + gate * delta(x).
 
-    A subclass makes its parameters and defines `delta`, or `forward` where that spares memory.
-    in_features, out_features, device: of the projection; config: all options.
+    A subclass makes float32 parameters on `device`, and defines `delta`, which casts them to x's
+    dtype, or `forward` where that spares memory. in_features, out_features: of the projection.
     """
 
     def __init__(self, in_features, out_features, config, device) -> None:
@@ -255,9 +258,9 @@ class LoRAFA(LoRA):
 
 
 class AdaLoRA(LoRA):
-    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023): lora_B is P, lora_E L, lora_A Q.
+    """delta(x) = (alpha/r) P diag(L) Q x (Zhang et al. 2023), P = lora_B, L = lora_E, Q = lora_A.
 
-    `allocate_ranks` prunes L by the importance that the buffers hold and it alone writes.
+    `allocate_ranks` fills the buffers and prunes L by them.
     """
 
     def __init__(self, in_features, out_features, config, device) -> None:
@@ -291,7 +294,7 @@ class Propulsion(Adapter):
 
 
 ADAPTERS: dict[str, type[Adapter]] = {"lora": LoRA, "lorafa": LoRAFA, "adalora": AdaLoRA}
-ADAPTERS |= {"propulsion": Propulsion, "peft": Adapter}  # "peft": see RoutedPeft
+ADAPTERS |= {"propulsion": Propulsion, "peft": Adapter}  # it only holds an index: RoutedPeft
 
 
 # The router
@@ -303,11 +306,11 @@ class Router(Float32Module):
         self.name = name  # the block's path in the model
         self.experts = experts  # the routed projections' paths in the block, in the gates' order
         self.config = config  # of the model
-        self.reads_text = reads_text  # not a vision block, which the text's mask does not fit
+        self.reads_text = reads_text  # a vision block does not: no mask, no prompt_end
         nothing = torch.zeros(len(experts), width + 1, dtype=torch.float32, device=device)
-        self.register_buffer("centers", random_directions(nothing[:, 1:], seed=name))
+        self.register_buffer("centers", random_directions(nothing[:, :-1], seed=name))
         self.register_buffer("pending", nothing)  # statistics of all ranks since the centers moved
-        self.register_buffer("steps", nothing.new_zeros((), dtype=torch.long))  # by move_centers
+        self.register_buffer("steps", nothing.new_zeros((), dtype=torch.long))  # of the optimizer
         # This rank's since the last step, by add_statistics; no buffer: DDP would overwrite it.
         self.gathered = torch.zeros_like(nothing)
         self.register_load_state_dict_pre_hook(before_loading)
@@ -319,10 +322,10 @@ class Router(Float32Module):
         config = self.config
         noise = config.jitter_noise if self.training else 0.0
         with full_precision(hidden):
-            looked_at, real = represent(hidden, config.rep_mode, real, prompt_end)
-            directions = unit(looked_at)  # [B, N, D]
+            seen, real = represent(hidden, config.rep_mode, real, prompt_end)
+            directions = unit(seen)  # [B, N, D]
             gates, best = route(directions, self.centers, config.top_k, config.temperature, noise)
-            if not in_backward():  # no recomputation
+            if not in_backward():  # a recomputation routes alike, but is not counted
                 for observer in call.observers:
                     observer(self, directions, real)
                 if call.gathers:
@@ -330,13 +333,14 @@ class Router(Float32Module):
         return gates.to(hidden.dtype)
 
 
-# Who takes part is given a subclass of its own class, as by FSDP2: no name in the model changes.
+# Each module that takes part becomes an instance of a class (mixin, its own class), as with FSDP2:
+# names stay, and `super()` is the original.
 class Routed:
-    """What the mixins share: `routed_class` sees to copies, pickles and new instances."""
+    """Marks a module that takes part; what all such classes share is in `routed_class`."""
 
 
 class RoutedModel(Routed):
-    """The model and each module above its blocks: the one that is called notes what they need."""
+    """The model and each module above its blocks; the outermost one called begins the Call."""
 
     monkeyjump_wiring: Wiring  # of the model; by install
     monkeyjump_arguments: tuple[str, ...]  # names in the original forward; by routed_class
@@ -344,7 +348,7 @@ class RoutedModel(Routed):
     def __call__(self, *args, **kwargs):
         if HERE.call.wiring is self.monkeyjump_wiring:  # within its own call
             return super().__call__(*args, **kwargs)
-        call = begin_call(self, args, kwargs)
+        call = begin_call(self, args, kwargs)  # takes prompt_end out
         outside = HERE.call
         HERE.call = call
         try:
@@ -356,7 +360,7 @@ class RoutedModel(Routed):
 
 
 class RoutedBlock(Routed):
-    """A block: routes its input; its projections find the gates while it runs."""
+    """A block: routes its input in `forward`, which a checkpoint runs again, with the same Call."""
 
     monkeyjump: Router  # by install
     monkeyjump_wiring: Wiring  # of the model; by install
@@ -365,7 +369,7 @@ class RoutedBlock(Routed):
         call = call_of_block(self)
         if not torch.compiler.is_compiling():
             return super().__call__(*args, monkeyjump_call=call, **kwargs)
-        # Routed here: in a graph no object may change inside a checkpoint, as `forward` may be.
+        # Compiled, it routes here: in a graph no object may change inside a checkpoint.
         HERE.gates = gates_of(self.monkeyjump, args, kwargs, call)
         output = super().__call__(*args, **kwargs)
         HERE.gates = None
@@ -389,8 +393,9 @@ def gates_of(router: Router, args: tuple, kwargs: dict, call: Call) -> tuple[Ten
         return ()
     if not router.experts:
         return (1.0,)
-    gates = call.kept.get(router.name)  # a decoded token keeps its prompt's routing
-    if gates is None:
+    if call.kept:  # of its prompt, for a decoded token, where sequences are routed
+        gates = call.kept[router.name]
+    else:
         gates = router(hidden_states(args, kwargs), call)  # [B, N, E]
         if router.config.rep_mode != "token":
             call.routed[router.name] = gates
@@ -411,25 +416,25 @@ class RoutedLinear(Routed):
         return adapter(x.to(base.dtype), base, gate)
 
 
-# What a user calls
+# Moving the centers, applying
 @torch.no_grad()
 def update_router_centers(model: nn.Module) -> None:
-    """Move the centers, if due; every step of a torch optimizer does so by itself."""
-    # Departure: not in a forward: checkpoints, micro-batches and ranks see the same centers.
+    """Move the centers, if due; after a torch optimizer's step `after_any_step` does so."""
+    # Departure: not in a forward, so recomputations, micro-batches and ranks see the same.
     move_centers(adapted(model).monkeyjump_wiring)
 
 
 def move_centers(wiring: Wiring, stepped: bool = True) -> None:
-    """All blocks at once, L of one shape: an update, and a collective if there are ranks."""
+    """The L blocks of one shape move together; stepped: this rank ran a training forward."""
     config = wiring.config
-    wiring.collected = False
-    wiring.step_noted = False
+    last = math.inf if config.update_until is None else config.update_until
+    wiring.collected = wiring.step_noted = False
     for routers in alike(wiring.routers):
         centers = stacked(routers, "centers")  # [L, E, D]
         gathered, count = of_all_ranks(stacked(routers, "gathered"), stepped)  # [L, E, D + 1], []
         pending = stacked(routers, "pending") + gathered
         steps = stacked(routers, "steps") + count  # [L]
-        due = rearrange(is_due(steps, config), "l -> l 1 1")
+        due = rearrange((steps % config.update_every == 0) & (steps <= last), "l -> l 1 1")
         moved = ema_update(centers, pending, config.ema_momentum)
         write_back(routers, "centers", torch.where(due, moved, centers))
         write_back(routers, "pending", pending.masked_fill(due, 0.0))
@@ -443,7 +448,7 @@ def apply_monkeyjump(
 ) -> nn.Module:
     """Make adapters on its blocks' projections the experts of a gradient-free router, in place.
 
-    model: a causal or vision-language model, or one that PEFT adapted (adapter="peft").
+    model: a language or vision-language model, or one that PEFT adapted (adapter="peft").
     config or options: a MonkeyJumpConfig, or its fields; `adapter` may be a subclass of Adapter.
 
     Returns the model; only adapters and `modules_to_save`, all float32, require gradients.
@@ -453,8 +458,8 @@ def apply_monkeyjump(
         raise ValueError(f"a config and {', '.join(options)}: give a config or its fields")
     config = MonkeyJumpConfig(**options) if config is None else dataclasses.replace(config)
     refuse_unsuitable(model, config)
-    parts = build_parts(model, config)
-    whole = whole_modules(model, config, parts)
+    parts = build_parts(model, config)  # Routers and Adapters by path
+    whole = whole_modules(model, config, parts)  # modules_to_save by path
     install(model, config, parts, whole)
     return model
 
@@ -467,7 +472,7 @@ def remove_monkeyjump(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within, and in this thread, the output is exactly the base model's: for a reference pass."""
+    """Within, in this thread, outputs are the base model's, bit for bit: for a reference pass."""
     disabled = (*HERE.disabled, adapted(model).monkeyjump_wiring)
     with setting([HERE], "disabled", disabled), peft_switched_off(model):
         yield
@@ -541,7 +546,7 @@ def present(given):
 
 
 def begin_call(model, args, kwargs):
-    """The Call for these arguments, less our own; ValueError for what cannot be routed rightly."""
+    """The Call for these arguments, ours taken out; ValueError for what cannot be routed."""
     wiring = model.monkeyjump_wiring
     given = present(dict(zip(model.monkeyjump_arguments, args, strict=False), **kwargs))
     for name in ("prompt_end", "monkeyjump_mask"):  # which the original forward does not know
@@ -576,11 +581,6 @@ def call_of_block(block):
     return Call(wiring, disabled=wiring in HERE.disabled)
 
 
-def is_off(wiring):
-    """Adapters are off in this thread: in the block that is running, or by disable_adapters."""
-    return wiring in HERE.disabled if HERE.gates is None else not HERE.gates
-
-
 def in_backward():
     """In a backward pass, where a checkpoint runs a forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -588,7 +588,7 @@ def in_backward():
 
 # Rows: which tokens are real, where prompts end
 def mask_of(given):
-    """The mask as before a static cache made it 4-D, or None."""
+    """The 2-D mask, even if a static cache made it 4-D, or None."""
     return given.get("monkeyjump_mask", given.get("attention_mask"))
 
 
@@ -648,20 +648,14 @@ def signs_of_packing(given, real):
         values["attention_mask"] = mask_of(given) > 1  # it numbers them
     positions = given.get("position_ids")
     if isinstance(positions, Tensor) and positions.shape[-1] == real.shape[1]:
-        both_real = real[:, 1:] & real[:, :-1]
-        values["position_ids"] = starts_anew(positions) & both_real.to(positions.device)
+        both_real = (real[:, 1:] & real[:, :-1]).to(positions.device)
+        move = positions.diff()  # [B, T - 1], or Qwen-VL's [3 or 4, B, T - 1]
+        anew = move <= 0 if move.dim() == 2 else move[0] < 0  # an image's tokens share a time
+        values["position_ids"] = anew & both_real
     found = [value.any().to(real.device) for value in values.values()]
     if found and torch.stack(found).any():
         signs += [name for name in values if values[name].any()]
     return signs
-
-
-def starts_anew(positions):
-    """Where positions [B, T], or Qwen-VL's [3 or 4, B, T], do not go on [B, T - 1]."""
-    if positions.dim() == 2:
-        return positions[:, 1:] <= positions[:, :-1]
-    first = positions[0]  # the text's or time, which an image's tokens share
-    return first[:, 1:] < first[:, :-1]
 
 
 def prompt_ends(given, call, cached):
@@ -843,7 +837,7 @@ def methods_of_a_model(kind):
     signature = inspect.signature(kind.forward)
     members = {"monkeyjump_arguments": tuple(signature.parameters)[1:]}
     members["forward"] = knowing_prompt_end(kind.forward, signature)
-    members["load_state_dict"] = placing_our_tensors(kind.load_state_dict)
+    members["load_state_dict"] = load_state_dict
     if hasattr(kind, "prepare_inputs_for_generation"):
         prepare = kind.prepare_inputs_for_generation
         members["prepare_inputs_for_generation"] = preparing_generation(prepare)
@@ -871,8 +865,10 @@ def knowing_prompt_end(forward, signature):
 
 
 def new_plain(cls, *args, **kwargs):
-    """`type(model)(config)` means the original class."""
-    return cls.__bases__[1](*args, **kwargs)
+    """`type(model)(config)` means the original class; without arguments an empty shell is made."""
+    if args or kwargs:
+        return cls.__bases__[1](*args, **kwargs)
+    return object.__new__(cls)
 
 
 def reduce_routed(module, protocol):
@@ -920,7 +916,7 @@ def after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def is_its_own(optimizer, model):
-    """It holds one of the model's parameters, or these are flattened."""
+    """Whether it steps the model's parameters, or flat copies of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parts = model.monkeyjump_wiring.parts.values()
     adapters = [parameter for part in parts for parameter in part.parameters()]
@@ -958,7 +954,7 @@ def warn_of_idle(model, wiring):
         return
     idle = [path for path, part in wiring.parts.items() if has_no_gradient(part)]
     if idle:
-        warnings.warn(f"{kind}: no forward of this step reached {', '.join(idle)}", stacklevel=3)
+        warnings.warn(f"{kind}: no forward reached the adapters of {', '.join(idle)}", stacklevel=3)
 
 
 def has_no_gradient(part):
@@ -986,12 +982,6 @@ def stacked(routers, name):
 def write_back(routers, name, values):
     """values [L, ...] into each router's tensor."""
     torch._foreach_copy_([getattr(router, name) for router in routers], list(values.unbind()))
-
-
-def is_due(steps, config):
-    """Whether centers move at these steps [L], from 1."""
-    due = steps % config.update_every == 0
-    return due if config.update_until is None else due & (steps <= config.update_until)
 
 
 def ranks():
@@ -1345,10 +1335,8 @@ class TrainedWhole(Routed, Float32Module):
         return super()._apply(fn, recurse)
 
     def forward(self, *args, **kwargs):
-        is_off = self.monkeyjump_wiring in HERE.disabled
-        if HERE.gates is not None:  # in a block, which may be recomputed and knows better
-            is_off = HERE.gates == ()
-        if is_off:
+        is_off = HERE.gates == ()  # a block, which may be recomputed, knows best
+        if is_off or (HERE.gates is None and self.monkeyjump_wiring in HERE.disabled):
             return self.monkeyjump.to(next(self.parameters()).device)(*args, **kwargs)
         args, kwargs = cast((args, kwargs), torch.float32)
         return cast(super().forward(*args, **kwargs), next(self.monkeyjump.parameters()).dtype)
@@ -1374,7 +1362,7 @@ def train_whole(module):
 
 
 def restore_original(module):
-    """Give a module its own values back."""
+    """Undo `train_whole`."""
     tensors = [*module.parameters(), *module.buffers()]
     originals = [*module.monkeyjump.parameters(), *module.monkeyjump.buffers()]
     for tensor, original in zip(tensors, originals, strict=True):
@@ -1425,6 +1413,8 @@ def refuse_whole_training(path, model, parts):
         used = names[parameter]
         if below(path, used) != used or not parameter.is_floating_point():
             raise ValueError(f"modules_to_save: {used} is tied or quantised, {parameter.dtype}")
+
+
 # Centers from data
 def init_router_centers(
     model_or_trainer: Any,
@@ -1549,7 +1539,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     wiring = adapted(model).monkeyjump_wiring
     counts = {}
     for path, router in wiring.routers.items():
-        counts[path] = torch.zeros_like(router.centers[:, 0], dtype=torch.long)
+        counts[path] = router.steps.new_zeros(len(router.experts))
 
     def count(router, directions, real):
         """Add a block's directions [B, N, D]."""
@@ -1687,15 +1677,10 @@ def sharded_like(target, tensor):
     return tensor
 
 
-def placing_our_tensors(load):
-    """`load_state_dict` that finds our tensors under the names of transformers."""
-
-    @functools.wraps(load)
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As the original's."""
-        return load(self, under_our_names(self, state_dict), *args, **kwargs)
-
-    return load_state_dict
+def load_state_dict(model, state_dict, *args, **kwargs):
+    """A model's, which finds our tensors under the names of transformers as well."""
+    state_dict = under_our_names(model, state_dict)
+    return super(Routed, model).load_state_dict(state_dict, *args, **kwargs)
 
 
 def under_our_names(model, state_dict):
