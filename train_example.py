@@ -91,22 +91,28 @@ def parse(argv):
             if options.process_index == 0:
                 demonstration()
     check(options)
-    return options, routing, read_flags(argv, *presets, RECOMMENDED)[1]
-
-
-def check(options):
-    """ValueError for a run that cannot go well; "last" becomes that checkpoint."""
-    if int(os.environ.get("WORLD_SIZE", 1)) != options.world_size or options.n_gpu > 1:
-        raise ValueError("one process a device, by torchrun or accelerate; on CPUs --use_cpu")
-    for name, field in Options.__dataclass_fields__.items():
-        if NOT_TAKEN.match(name) and getattr(options, name) != field.default:
-            raise ValueError(f"--{name} is not taken: see --rank; no streams, since rows are checked")
     output = Path(options.output_dir)
     if options.resume_from_checkpoint in ("true", "True", "last"):
         options.resume_from_checkpoint = last_checkpoint(output)
     is_new = not options.resume_from_checkpoint and str(output) not in DEMONSTRATION
     if is_new and any(output.glob("**/monkeyjump.safetensors")):
         raise ValueError(f"--output_dir {output} holds another run's adapter")
+    return options, routing, read_flags(argv, *presets, RECOMMENDED)[1]
+
+
+def check(options):
+    """ValueError for flags that would do nothing and names that lead nowhere."""
+    if int(os.environ.get("WORLD_SIZE", 1)) != options.world_size or options.n_gpu > 1:
+        raise ValueError("one process a device, by torchrun or accelerate; on CPUs --use_cpu")
+    for name, field in Options.__dataclass_fields__.items():
+        if NOT_TAKEN.match(name) and getattr(options, name) != field.default:
+            raise ValueError(f"--{name} is not taken: see --rank; rows are not streamed")
+    named = [("--dataset", config.path) for config in data_sets(options)]
+    for flag, name in [("--model", options.model_name_or_path), *named]:
+        if not name:
+            raise ValueError(f"{flag} is needed")
+        if not (os.path.exists(name) or HUB_NAME.fullmatch(name)):
+            raise ValueError(f"{flag} {name}: no such file or folder")
 
 
 def last_checkpoint(output):
@@ -118,19 +124,19 @@ def last_checkpoint(output):
     raise ValueError(f"no complete checkpoint in {output}")
 
 
-def existing(name, flag):
-    """A path, or a hub's name as one; ValueError for a path that leads nowhere."""
-    if not name:
-        raise ValueError(f"{flag} is needed")
-    if not (os.path.exists(name) or HUB_NAME.fullmatch(name)):
-        raise ValueError(f"{flag} {name}: no such file or folder")
-    return Path(name)
+def data_sets(options):
+    """What --dataset names, and the mixture in --config."""
+    mixture = list(options.datasets)
+    if options.dataset_name or not mixture:
+        one = {"path": options.dataset_name, "name": options.dataset_config}
+        mixture.append({**one, "split": options.dataset_train_split})
+    return trl.DatasetMixtureConfig(mixture).datasets
 
 
 def source_of(options):
     """The base model's folder or hub name, and how it is loaded."""
     settings = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
-    path = existing(options.model_name_or_path, "--model")
+    path = Path(options.model_name_or_path)
     if path.suffix != ".gguf":
         return str(path), settings
     return str(path.parent), {**settings, "gguf_file": path.name}
@@ -192,15 +198,11 @@ def convert(row, number, path, folder, features, processor):
 def load_rows(options, processor, split=None):
     """The rows of all data sets as TRL takes them, without those over the limit."""
     parts = []
-    mixture = list(options.datasets)
-    if options.dataset_name or not mixture:
-        one = {"path": options.dataset_name, "name": options.dataset_config}
-        mixture.append({**one, "split": options.dataset_train_split})
-    for config in trl.DatasetMixtureConfig(mixture).datasets:
+    for config in data_sets(options):
         source = vars(config) | {"split": split or config.split}
         if source.get("fraction"):
             raise ValueError(f"{config.path}: give a split like train[:10%], not a fraction")
-        folder = existing(config.path, "--dataset").absolute()
+        folder = Path(config.path).absolute()
         if folder.is_file():  # load_dataset takes its folder
             if not folder.stat().st_size:
                 raise ValueError(f"{config.path}: no rows")
