@@ -2153,6 +2153,8 @@ def test_a_model_that_came_from_meta_trains_and_is_disabled_as_ever(how):
     plain = adapted(modules_to_save=["lm_head"])
     batches = [batch(seed=seed) for seed in range(3)]
     assert_same(train(model, batches)[1], train(plain, batches)[1])
+    if how == "assign=True":  # the caller's tensors are not ours to write
+        assert_same({name: state[name] for name in centers(plain)}, centers(adapted()))
 
 
 @grid(adapter=OWN_ADAPTERS)
@@ -2585,8 +2587,7 @@ def test_a_folder_of_the_format_before_this_one_is_refused_in_words(tmp_path):
 
 def test_the_id_of_a_repository_is_refused_with_what_to_do_instead():
     model = tiny_llama()
-    message = "someone/some-adapter.*snapshot_download"
-    with refused(model, message):
+    with refused(model, "someone/some-adapter.*snapshot_download"):
         load_adapter(model, "someone/some-adapter")
 
 
@@ -2594,6 +2595,7 @@ def test_the_id_of_a_repository_is_refused_with_what_to_do_instead():
 RENAMED = dict.fromkeys(["llava", "qwen2_5_vl", "internvl", "exaone", "gpt2"], {})
 RENAMED["llava, both"] = {"blocks": {"CLIPEncoderLayer": [0], "LlamaDecoderLayer": [0, 1]}}
 RENAMED["llava, a norm"] = {"modules_to_save": ["language_model.norm"]}
+RENAMED["llama, PEFT's"] = {"adapter": "peft"}  # the Trainer leaves saving and loading to PEFT
 
 
 class Keep(transformers.TrainerCallback):
@@ -2610,6 +2612,8 @@ def trained_plainly(name, folder, seed, resume=None, **settings):
     base = unless_base_fails(lambda: tiny_model(name.partition(",")[0]))
     keep = Keep()
     torch.manual_seed(seed)
+    if "PEFT" in name:
+        base = pytest.importorskip("peft").get_peft_model(base, peft_config())
     model = apply_monkeyjump(base, top_k=1, update_every=3, **RENAMED[name])
     rows = [{"input_ids": row, "labels": row} for row in batch(16)]
     args = trainer_arguments(folder, max_steps=4, save_steps=2, learning_rate=1e-2, **settings)
@@ -2816,12 +2820,9 @@ def test_a_routed_peft_model_is_saved_and_loaded_beside_peft(method, tmp_path):
     peft = pytest.importorskip("peft")
     fast = routed(peft_llama(method), shared_expert="o_proj")
     init_router_centers(fast, [TEXT], kmeans_iters=2)
-    fast.save_pretrained(tmp_path)
-    save_adapter(fast, tmp_path)
+    fast.save_pretrained(tmp_path)  # brings the router along
     again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    names = trained(again).keys()
     assert torch.equal(logits(load_adapter(again, tmp_path).eval()), logits(fast))
-    assert trained(again).keys() == names
 
 
 def test_an_adapter_that_transformers_added_is_routed_saved_and_loaded(tmp_path):
