@@ -403,6 +403,7 @@ def main(argv=None):
     trainer.save_model()
     trainer.create_model_card()
     report(trainer, test)
+    trainer.accelerator.wait_for_everyone()  # gloo can hang if it ends with work under way
     trainer.accelerator.end_training()
 
 
