@@ -522,7 +522,9 @@ def kmeans_table(sizes: tuple[int, ...] = (1000, 4000, 16000)) -> list[dict]:
 def versions() -> str:
     """What a figure depends on, besides the machine."""
     names = ("torch", "transformers", "peft")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    found = importlib.metadata.packages_distributions()
+    here = [name for name in names if name in found]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in here)
 
 
 def parse_arguments() -> argparse.Namespace:
