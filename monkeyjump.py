@@ -311,7 +311,7 @@ class Router(Float32Module):
         self.register_buffer("centers", random_directions(nothing[:, :-1], seed=name))
         self.register_buffer("pending", nothing)  # statistics of all ranks since the centers moved
         self.register_buffer("steps", nothing.new_zeros((), dtype=torch.long))  # of the optimizer
-        # This rank's since the last step, by add_statistics; no buffer: DDP would overwrite it.
+        # This rank's since the last step, by count_once; no buffer: DDP would overwrite it.
         self.gathered = torch.zeros_like(nothing)
         self.register_load_state_dict_pre_hook(before_loading)
 
@@ -325,11 +325,7 @@ class Router(Float32Module):
             seen, real = represent(hidden, config.rep_mode, real, prompt_end)
             directions = unit(seen)  # [B, N, D]
             gates, best = route(directions, self.centers, config.top_k, config.temperature, noise)
-            if not in_backward():  # a recomputation routes alike, but is not counted
-                for observer in call.observers:
-                    observer(self, directions, real)
-                if call.gathers:
-                    add_statistics(self, directions, best, real)
+            count_once(call, self, directions, best, real)  # not again in a recomputation
         return gates.to(hidden.dtype)
 
 
@@ -367,16 +363,12 @@ class RoutedBlock(Routed):
 
     def __call__(self, *args, **kwargs):
         call = call_of_block(self)
-        if not torch.compiler.is_compiling():
-            return super().__call__(*args, monkeyjump_call=call, **kwargs)
-        # Compiled, it routes here: in a graph no object may change inside a checkpoint.
-        HERE.gates = gates_of(self.monkeyjump, args, kwargs, call)
-        output = super().__call__(*args, **kwargs)
-        HERE.gates = None
-        return output
+        if torch.compiler.is_compiling():
+            return routed_before_a_checkpoint(self, super().__call__, call, args, kwargs)
+        return super().__call__(*args, monkeyjump_call=call, **kwargs)
 
     def forward(self, *args, monkeyjump_call: Call | None = None, **kwargs):
-        if torch.compiler.is_compiling() and monkeyjump_call is None:  # routed by __call__
+        if torch.compiler.is_compiling() and monkeyjump_call is None:  # routed already
             return super().forward(*args, **kwargs)
         outside = HERE.gates
         call = monkeyjump_call or call_of_block(self)
@@ -579,6 +571,14 @@ def call_of_block(block):
         wrong = f"rep_mode={mode!r}: recomputed by checkpoint_wrapper a block lacks its rows"
         raise RuntimeError(f"{wrong}: use gradient_checkpointing_enable")
     return Call(wiring, disabled=wiring in HERE.disabled)
+
+
+def routed_before_a_checkpoint(block, run, call, args, kwargs):
+    """A block that is compiled: in a graph no object may change inside a checkpoint."""
+    HERE.gates = gates_of(block.monkeyjump, args, kwargs, call)
+    output = run(*args, **kwargs)
+    HERE.gates = None
+    return output
 
 
 def in_backward():
@@ -999,11 +999,16 @@ def of_all_ranks(gathered, stepped):
     return both[:-1].view_as(gathered), (both[-1] > 0).long()
 
 
-def add_statistics(router, directions, best, real):
-    """Join what was seen to this rank's, wherever the module has been moved."""
-    if router.gathered.device != directions.device:
-        router.gathered = torch.zeros_like(router.gathered, device=directions.device)
-    router.gathered += cluster_statistics(directions, best, len(router.centers), real)
+def count_once(call, router, directions, best, real):
+    """What a forward saw, for observers and, in training, for this rank's statistics."""
+    if in_backward():
+        return
+    for observer in call.observers:
+        observer(router, directions, real)
+    if call.gathers:
+        if router.gathered.device != directions.device:  # the module has been moved
+            router.gathered = torch.zeros_like(router.gathered, device=directions.device)
+        router.gathered += cluster_statistics(directions, best, len(router.centers), real)
 
 
 def before_loading(router, state_dict, prefix, local_metadata, *_):
