@@ -906,7 +906,7 @@ def after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if getattr(optimizer, "found_inf", None):  # a fused optimizer skips a step by itself
         return
     models = {}  # one of each wiring, the outermost
-    for reference in LIVE_MODELS:
+    for reference in list(LIVE_MODELS):
         wiring = getattr(reference(), "monkeyjump_wiring", None)  # None: it was removed
         models.setdefault(wiring, reference())
     models.pop(None, None)
