@@ -448,6 +448,7 @@ def apply_monkeyjump(
     """
     if config is not None and options:
         raise ValueError(f"a config and {', '.join(options)}: give a config or its fields")
+    refuse_unknown(options)
     config = MonkeyJumpConfig(**options) if config is None else dataclasses.replace(config)
     refuse_unsuitable(model, config)
     parts = build_parts(model, config)  # Routers and Adapters by path
@@ -1050,6 +1051,14 @@ def check_options(config):
     check(config, "rep_mode", config.rep_mode in REP_MODES, f"one of {', '.join(REP_MODES)}")
     config.adapter = name_of_adapter(config.adapter)
     check(config, "adapter", config.adapter in list(ADAPTERS), f"one of {', '.join(ADAPTERS)}")
+
+
+def refuse_unknown(options):
+    """ValueError for what is no field of MonkeyJumpConfig."""
+    known = [field.name for field in dataclasses.fields(MonkeyJumpConfig)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name}={options[name]!r}: no such option; there are {known}")
 
 
 def check(config, name, is_right, allowed):

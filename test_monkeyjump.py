@@ -817,6 +817,7 @@ UNFIT = {
     "the whole model as a block": ({"blocks": {"LlamaModel": [0]}}, "LlamaModel.+LlamaDecoder"),
     "no blocks": ({"blocks": {}}, "blocks=.+LlamaDecoderLayer"),
     "an unknown linear": ({"linears": ["q_proj", "qkv"]}, "'qkv'.+there are mlp.down_proj"),
+    "an unknown option": ({"rnak": 3}, "rnak=3: no such option; there are .*'rank'"),
     "no linears": ({"linears": []}, "linears"),
     "an unknown shared expert": ({"shared_expert": "gate"}, "'gate'.+there are mlp.down_proj"),
 }
