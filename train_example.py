@@ -28,7 +28,8 @@ from trl.data_utils import prepare_multimodal_messages
 import monkeyjump as mj
 
 # Flags: where the defaults differ from TRL's, the recommended form, the demonstration.
-PRECISION = "--bf16 yes --dtype bfloat16" if torch.cuda.is_bf16_supported() else "--bf16 no"
+HAS_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
+PRECISION = "--bf16 yes --dtype bfloat16" if HAS_BF16 else "--bf16 no"
 DEFAULTS = f"""{PRECISION} --learning_rate 1e-3 --eval_on_start yes --dataset_test_split held_back
 --test_split_size 0.05 --output_dir monkeyjump-output"""
 RECOMMENDED = "--linears up_proj down_proj --shared_expert q_proj k_proj v_proj o_proj --top_k 1"
@@ -218,6 +219,8 @@ def load_rows(options, processor, split=None):
             rows = rows.cast_column(name, kinds[name])
         given = {"path": config.path, "folder": str(folder), "features": rows.features}
         given["processor"] = processor
+        if unused := set(rows.column_names) - USED:
+            print(f"{config.path}: columns that are not used: {', '.join(sorted(unused))}")
         once = {"remove_columns": rows.column_names, "load_from_cache_file": False}
         rows = rows.map(convert, with_indices=True, fn_kwargs=given, **once)
         parts.append(rows.cast_column("images", Sequence(Image())))
