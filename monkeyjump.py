@@ -1051,6 +1051,10 @@ def check_options(config):
     check(config, "rep_mode", config.rep_mode in REP_MODES, f"one of {', '.join(REP_MODES)}")
     config.adapter = name_of_adapter(config.adapter)
     check(config, "adapter", config.adapter in list(ADAPTERS), f"one of {', '.join(ADAPTERS)}")
+    if config.adapter == "peft":
+        for name in ("rank", "alpha", "dropout", "degree"):
+            is_default = getattr(config, name) == getattr(MonkeyJumpConfig, name)
+            check(config, name, is_default, "left out: PEFT's adapters have their own")
 
 
 def refuse_unknown(options):

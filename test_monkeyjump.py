@@ -1,7 +1,6 @@
 """Tests of monkeyjump.py, in its order; each promise is checked against a naive computation.
 
 pytest -n 2                       # this file, and the tests in benchmarks/
-pytest -n 2 test_monkeyjump.py
 
 All helpers stand first: models and batches, training, comparing, looking inside, and the slow
 reference, which computes in float64, one token at a time, what the module does at once.
@@ -818,6 +817,7 @@ UNFIT = {
     "no blocks": ({"blocks": {}}, "blocks=.+LlamaDecoderLayer"),
     "an unknown linear": ({"linears": ["q_proj", "qkv"]}, "'qkv'.+there are mlp.down_proj"),
     "an unknown option": ({"rnak": 3}, "rnak=3: no such option; there are .*'rank'"),
+    "a rank beside PEFT's": ({"adapter": "peft", "rank": 64}, "rank=64: must be left out"),
     "no linears": ({"linears": []}, "linears"),
     "an unknown shared expert": ({"shared_expert": "gate"}, "'gate'.+there are mlp.down_proj"),
 }
